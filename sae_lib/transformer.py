@@ -1,0 +1,216 @@
+"""The one-layer transformer whose MLP the study takes apart (Bricken et al., Problem Setup; App. Transformer Training).
+
+The model is a TransformerLens `TransformerBridge`, so that hooks, caches and interventions work as users know them. Training
+and harvesting want neither hooks nor stored attention scores, so they run the same parameters through the short forward pass
+below; a test holds the two equal.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+os.environ.setdefault("WANDB_MODE", "disabled")  # a dependency of transformer_lens that the study never uses
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+
+from sae_lib.errors import StudyError
+from sae_lib.seeds import generator
+
+Transformer = TransformerBridge
+MlpEdit = Callable[[Tensor], Tensor]
+Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and training of the transformer. Where the paper gives a number it is the default (B1: d_model 128, d_mlp 512)."""
+
+    n_tokens: int  # training budget; the paper's 100 billion is out of a laptop's reach
+    d_vocab: int = 4096
+    n_ctx: int = 256
+    n_layers: int = 1
+    d_model: int = 128
+    n_heads: int = 4
+    d_mlp: int = 512
+    batch_contexts: int = 32
+    lr: float = 4e-3
+    lr_final: float = 0.05  # share of `lr` left at the end
+    warmup: float = 0.02  # share of the run
+    weight_decay: float = 0.01
+    seed: int = 0
+
+    @property
+    def n_steps(self) -> int:
+        return max(1, self.n_tokens // (self.batch_contexts * self.n_ctx))
+
+    @property
+    def hook_name(self) -> str:
+        """Where the dictionary reads: the last layer's MLP activations, after the ReLU."""
+        return f"blocks.{self.n_layers - 1}.mlp.hook_post"
+
+
+def build(config: TransformerConfig) -> Transformer:
+    """An untrained model; its weights depend on `config.seed` alone."""
+    # The weights draw from torch's global state, which is put back afterwards.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.seed, "transformer-init").initial_seed())
+        return TransformerBridge.boot_native(TransformerBridgeConfig(
+            n_layers=config.n_layers, d_model=config.d_model, d_head=config.d_model // config.n_heads,
+            n_heads=config.n_heads, d_mlp=config.d_mlp, d_vocab=config.d_vocab, n_ctx=config.n_ctx,
+            act_fn="relu", normalization_type="LN", seed=config.seed))
+
+
+def parameters(model: Transformer) -> Parameters:
+    """The model's parameters by short names (`layers.0.mlp.fc_in.weight`), sharing memory with the model."""
+    return {name.replace("._original_component", ""): p for name, p in model.named_parameters()}
+
+
+def low_precision() -> torch.dtype:
+    """bfloat16 where the machine multiplies it natively, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return torch.bfloat16 if cpu == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+# --- the forward pass ------------------------------------------------------------------------------------------------
+
+def norm(p: Parameters, name: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+
+
+def linear(p: Parameters, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+
+
+def attention(p: Parameters, layer: str, x: Tensor, n_heads: int) -> Tensor:
+    def heads(name: str) -> Tensor:
+        return linear(p, f"{layer}.attn.{name}", x).unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+    z = F.scaled_dot_product_attention(heads("q"), heads("k"), heads("v"), is_causal=True)
+    return linear(p, f"{layer}.attn.o", z.transpose(1, 2).flatten(-2))
+
+
+def before_last_mlp(p: Parameters, tokens: Tensor, n_heads: int, n_layers: int) -> Tensor:
+    """Residual stream before the last MLP, [batch, pos, d_model]."""
+    resid = F.embedding(tokens, p["tok_embed.weight"]) + p["pos.weight"][: tokens.shape[1]]
+    for i in range(n_layers):
+        layer = f"layers.{i}"
+        resid = resid + attention(p, layer, norm(p, f"{layer}.ln1", resid), n_heads)
+        if i < n_layers - 1:
+            resid = resid + linear(p, f"{layer}.mlp.fc_out", mlp_post(p, layer, resid))
+    return resid
+
+
+def mlp_post(p: Parameters, layer: str, resid: Tensor) -> Tensor:
+    return F.relu(linear(p, f"{layer}.mlp.fc_in", norm(p, f"{layer}.ln2", resid)))
+
+
+@torch.no_grad()
+def mlp_activations(model: Transformer, tokens: Int[Tensor, "batch pos"],
+                    keep: Int[Tensor, "batch kept"] | None = None) -> Float[Tensor, "batch kept d_mlp"]:
+    """Activations of the last layer's MLP neurons after the ReLU, at the positions `keep` (all if None)."""
+    p, cfg = parameters(model), model.cfg
+    resid = before_last_mlp(p, tokens, cfg.n_heads, cfg.n_layers)
+    if keep is not None:
+        resid = resid.gather(1, keep[..., None].expand(-1, -1, resid.shape[-1]))
+    return mlp_post(p, f"layers.{cfg.n_layers - 1}", resid)
+
+
+@torch.no_grad()
+def token_losses(model: Transformer, tokens: Int[Tensor, "batch pos"],
+                 edits: dict[str, MlpEdit | None]) -> dict[str, Float[Tensor, "batch pos-1"]]:
+    """Next-token loss in nats, once for each way of editing the MLP activations [batch, pos, d_mlp] (None: left alone).
+
+    The work before the MLP is shared by all edits.
+    """
+    p, cfg = parameters(model), model.cfg
+    last = f"layers.{cfg.n_layers - 1}"
+    resid = before_last_mlp(p, tokens, cfg.n_heads, cfg.n_layers)
+    acts = mlp_post(p, last, resid)
+    losses = {}
+    for name, edit in edits.items():
+        out = resid + linear(p, f"{last}.mlp.fc_out", acts if edit is None else edit(acts))
+        final = norm(p, "ln_out", out)[:, :-1]
+        losses[name] = torch.stack([F.cross_entropy(F.linear(h, p["head.weight"]), t, reduction="none")
+                                    for h, t in zip(final, tokens[:, 1:], strict=True)])
+    return losses
+
+
+# --- controls, baselines, files --------------------------------------------------------------------------------------
+
+def shuffle_weights(model: Transformer, config: TransformerConfig, seed: int) -> Transformer:
+    """The random control: the entries of every weight matrix shuffled, vectors left as they are (B16; the paper's fn 28)."""
+    control = build(config)
+    with torch.no_grad():
+        for name, value in parameters(control).items():
+            trained = parameters(model)[name]
+            if trained.ndim < 2:
+                value.copy_(trained)
+                continue
+            order = torch.randperm(trained.numel(), generator=generator(seed, f"shuffle-{name}"))
+            value.copy_(trained.flatten()[order].view_as(trained))
+    return control
+
+
+def ngram_losses(train: Int[Tensor, " n"], held_out: Int[Tensor, "n_contexts n_ctx"], d_vocab: int) -> dict[str, float]:
+    """Loss in nats on held-out next tokens of a unigram and of a bigram model counted on the training tokens.
+
+    The bigram is interpolated with the unigram as if `prior` further tokens of the unigram had followed each token; the
+    prior is the best of a few on the held-out text, which favours this baseline slightly.
+    """
+    train, previous, following = train.long(), held_out[:, :-1].flatten().long(), held_out[:, 1:].flatten().long()
+    counts = torch.bincount(train, minlength=d_vocab).double()
+    unigram = (counts + 1) / (counts.sum() + d_vocab)
+    codes, n = torch.unique(train[:-1] * d_vocab + train[1:], return_counts=True)
+    wanted = previous * d_vocab + following
+    index = torch.searchsorted(codes, wanted).clamp_max(len(codes) - 1)
+    pair_counts = torch.where(codes[index] == wanted, n[index], 0).double()
+    bigram = min(-((pair_counts + prior * unigram[following]) / (counts[previous] + prior)).log().mean().item()
+                 for prior in (3.0, 10.0, 30.0, 100.0))
+    return {"unigram": -unigram[following].log().mean().item(), "bigram": bigram}
+
+
+@torch.no_grad()
+def sample(model: Transformer, prompt: Int[Tensor, " pos"], n_tokens: int, seed: int, n_samples: int = 1,
+           temperature: float = 1.0) -> Int[Tensor, "n_samples length"]:
+    """Continue a prompt; the prompt and what follows must fit in the model's context."""
+    p, cfg = parameters(model), model.cfg
+    if len(prompt) + n_tokens > cfg.n_ctx:
+        raise StudyError(f"A prompt of {len(prompt)} tokens and {n_tokens} more do not fit in the model's context of "
+                         f"{cfg.n_ctx}; ask for fewer.")
+    rng, tokens, last = generator(seed, "sample"), prompt.long().repeat(n_samples, 1), f"layers.{cfg.n_layers - 1}"
+    for _ in range(n_tokens):
+        resid = before_last_mlp(p, tokens, cfg.n_heads, cfg.n_layers)[:, -1]
+        resid = resid + linear(p, f"{last}.mlp.fc_out", mlp_post(p, last, resid))
+        logits = F.linear(norm(p, "ln_out", resid), p["head.weight"])
+        following = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=rng)
+        tokens = torch.cat([tokens, following], dim=1)
+    return tokens
+
+
+def save_transformer(model: Transformer, path: Path) -> None:
+    """Write the weights as safetensors, under the short names of `parameters`."""
+    save_file({name: value.detach().contiguous() for name, value in parameters(model).items()}, path)
+
+
+def load_transformer(path: Path, config: TransformerConfig) -> Transformer:
+    """Read what `save_transformer` wrote. Raises StudyError if the file is not a model of these sizes."""
+    model = build(config)
+    try:
+        weights = load_file(path)
+        with torch.no_grad():
+            for name, value in parameters(model).items():
+                value.copy_(weights.pop(name).view_as(value))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise StudyError(f"{path} does not hold the weights of this profile's transformer; delete its folder and run "
+                         "./run_all.sh again to remake it.") from error
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,59 @@
+from itertools import islice
+
+import pytest
+import torch
+
+from sae_lib.activations import ActivationStream, StreamConfig
+from sae_lib.errors import StudyError
+from sae_lib.transformer import TransformerConfig, build, mlp_activations
+
+TINY = TransformerConfig(n_tokens=1, d_vocab=50, n_ctx=16, d_model=16, n_heads=2, d_mlp=24)
+
+
+@pytest.fixture
+def stream():
+    contexts = torch.randint(1, 50, (24, 16)).int()
+    contexts[:, 5] = ActivationStream.END_OF_TEXT
+    config = StreamConfig(batch_size=20, tokens_per_context=15, chunk_contexts=8)
+    return ActivationStream(build(TINY), contexts, config)
+
+
+def rows(batches):
+    return {tuple(row) for row in torch.cat(batches).float().tolist()}
+
+
+def test_batches_are_deterministic_and_start_anywhere(stream):
+    first = list(islice(stream.batches(), 20))
+    assert all(torch.equal(a, b) for a, b in zip(first, islice(stream.batches(), 20), strict=True))
+    for start in (1, 6, 7, 19):
+        assert torch.equal(next(stream.batches(start)), first[start])
+
+
+def test_a_pass_has_no_repeated_row_and_no_end_of_text(stream):
+    n = stream.activations_per_pass // 20
+    one_pass = list(islice(stream.batches(), n))
+    acts = mlp_activations(stream.model, stream.contexts.long()).to(stream.dtype).float()
+    allowed = rows([acts[:, [i for i in range(16) if i != 5]].flatten(0, 1)])
+    assert n == 18
+    assert len(rows(one_pass)) == 360
+    assert rows(one_pass) <= allowed
+
+
+def test_a_batch_mixes_contexts(stream):
+    acts = mlp_activations(stream.model, stream.contexts.long()).to(stream.dtype).float()
+    context_of = {tuple(row): i for i, context in enumerate(acts.tolist()) for row in context}
+    batch = next(stream.batches())
+    assert len({context_of[tuple(row)] for row in batch.float().tolist()}) > 4
+
+
+def test_samples_depend_on_purpose_and_step(stream):
+    a, again = stream.sample(100), stream.sample(100)
+    assert a.shape == (100, 24)
+    assert a.dtype == torch.float32
+    assert torch.equal(a, again)
+    assert not torch.equal(a, stream.sample(100, "resample", 1))
+
+
+def test_too_few_contexts_are_refused():
+    with pytest.raises(StudyError, match="fewer activations than one batch"):
+        ActivationStream(build(TINY), torch.ones(2, 16, dtype=torch.int32), StreamConfig(batch_size=64))

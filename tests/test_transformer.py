@@ -1,0 +1,165 @@
+import math
+
+import pytest
+import torch
+
+from sae_lib.errors import StudyError
+from sae_lib.pretrain import _UnembedCrossEntropy, learning_rate, train_transformer, training_loss
+from sae_lib.transformer import (
+    TransformerConfig,
+    build,
+    load_transformer,
+    mlp_activations,
+    ngram_losses,
+    parameters,
+    sample,
+    save_transformer,
+    shuffle_weights,
+    token_losses,
+)
+
+TINY = TransformerConfig(n_tokens=32 * 4 * 12, d_vocab=50, n_ctx=32, d_model=16, n_heads=2, d_mlp=24, batch_contexts=4)
+
+
+def contexts(n=40, config=TINY):
+    """Text that can be learned: each token is followed by its successor."""
+    start = torch.randint(0, config.d_vocab, (n, 1))
+    return ((start + torch.arange(config.n_ctx)) % config.d_vocab).int()
+
+
+def scrambled(config=TINY):
+    """A model whose biases and norms are not at their initial 0 and 1, which would hide mistakes."""
+    model = build(config)
+    with torch.no_grad():
+        for value in parameters(model).values():
+            value.add_(0.3 * torch.randn_like(value))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_the_short_forward_pass_equals_the_bridge(n_layers):
+    config = TransformerConfig(**{**vars(TINY), "n_layers": n_layers})
+    model, tokens = scrambled(config), contexts(3, config).long()
+    _, cache = model.run_with_cache(tokens, names_filter=config.hook_name)
+    torch.testing.assert_close(mlp_activations(model, tokens), cache[config.hook_name], atol=1e-5, rtol=1e-4)
+    expected = model(tokens, return_type="loss")
+    torch.testing.assert_close(token_losses(model, tokens, {"clean": None})["clean"].mean(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_edits_equal_hooks_on_the_bridge():
+    model, tokens = scrambled(), contexts(3).long()
+    edit = lambda acts: acts * 0.5 + 1
+    with model.hooks(fwd_hooks=[(TINY.hook_name, lambda acts, hook: edit(acts))]):
+        expected = model(tokens, return_type="loss")
+    losses = token_losses(model, tokens, {"clean": None, "edited": edit})
+    torch.testing.assert_close(losses["edited"].mean(), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(losses["clean"], losses["edited"])
+
+
+def test_kept_positions_are_gathered():
+    model, tokens = scrambled(), contexts(2).long()
+    keep = torch.tensor([[3, 0], [31, 7]])
+    everything = mlp_activations(model, tokens)
+    torch.testing.assert_close(mlp_activations(model, tokens, keep), torch.stack([everything[0, [3, 0]], everything[1, [31, 7]]]))
+
+
+def test_cross_entropy_and_its_gradients_equal_autograd():
+    x, weight = torch.randn(1500, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(0, 50, (1500,))
+    ours = torch.autograd.grad(loss := _UnembedCrossEntropy.apply(x, weight, targets), (x, weight))
+    theirs = torch.autograd.grad(expected := torch.nn.functional.cross_entropy(x @ weight.T, targets), (x, weight))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_training_loss_equals_the_bridge_in_float32_and_nearly_so_in_bfloat16():
+    model, tokens = scrambled(), contexts(3).long()
+    expected = model(tokens, return_type="loss")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        torch.testing.assert_close(training_loss(parameters(model), tokens, 2, 1, dtype), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_training_learns():
+    config = TransformerConfig(**{**vars(TINY), "n_tokens": 32 * 4 * 300})
+    text = contexts()
+    model, log = train_transformer(text, config)
+    assert log.step.tolist() == list(range(50, 301, 50))
+    assert token_losses(model, text.long(), {"clean": None})["clean"].mean() < 0.3 < math.log(50) * 0.5
+
+
+def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path):
+    text = contexts()
+    whole, whole_log = train_transformer(text, TINY)
+    train_transformer(text, TINY, tmp_path / "a.safetensors", stop_after=5)
+    resumed, resumed_log = train_transformer(text, TINY, tmp_path / "a.safetensors")
+    for name, value in parameters(whole).items():
+        assert torch.equal(value, parameters(resumed)[name]), name
+    assert whole_log.loss.tolist() == resumed_log.loss.tolist()
+
+
+def test_seeds_differ_and_repeat_without_touching_global_state():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    a, again, b = (parameters(build(TransformerConfig(**{**vars(TINY), "seed": s})))["head.weight"] for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(a, again)
+    assert not torch.equal(a, b)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = TransformerConfig(n_tokens=32 * 256 * 1000, lr=1.0, warmup=0.1, lr_final=0.2)
+    assert learning_rate(config, 0) == pytest.approx(0.01)
+    assert learning_rate(config, 99) == pytest.approx(1.0)
+    assert learning_rate(config, 550) == pytest.approx(0.6, abs=1e-6)
+    assert learning_rate(config, 1000) == pytest.approx(0.2)
+
+
+def test_a_loss_that_is_not_finite_stops_training_with_a_sentence():
+    config = TransformerConfig(**{**vars(TINY), "n_tokens": 32 * 4 * 50, "lr": float("inf")})
+    with pytest.raises(StudyError, match="lower its learning rate"):
+        train_transformer(contexts(), config)
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(StudyError, match="fewer than one batch"):
+        train_transformer(contexts(3), TINY)
+
+
+def test_the_random_control_has_the_same_entries_in_another_order():
+    model = scrambled()
+    control, again = shuffle_weights(model, TINY, seed=0), shuffle_weights(model, TINY, seed=0)
+    for name, value in parameters(model).items():
+        shuffled = parameters(control)[name]
+        assert torch.equal(value.flatten().sort().values, shuffled.flatten().sort().values)
+        assert torch.equal(shuffled, parameters(again)[name])
+        assert torch.equal(value, shuffled) == (value.ndim < 2)
+
+
+def test_ngram_losses_by_hand():
+    # Twice "0 1": unigram (2+1)/(4+3), and 0 is always followed by 1.
+    losses = ngram_losses(torch.tensor([0, 1, 0, 1]), torch.tensor([[0, 1]]), d_vocab=3)
+    assert losses["unigram"] == pytest.approx(-math.log(3 / 7))
+    assert losses["bigram"] == pytest.approx(-math.log((2 + 3 * 3 / 7) / (2 + 3)))
+
+
+def test_samples_repeat_continue_the_prompt_and_fit_the_context():
+    model, prompt = scrambled(), torch.tensor([1, 2, 3])
+    a, b, c = (sample(model, prompt, 10, seed, n_samples=2) for seed in (0, 0, 1))
+    assert a.shape == (2, 13)
+    assert a[:, :3].tolist() == [[1, 2, 3]] * 2
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    with pytest.raises(StudyError, match="do not fit"):
+        sample(model, prompt, 30, 0)
+
+
+def test_files_round_trip_and_broken_ones_are_refused(tmp_path):
+    model, path = scrambled(), tmp_path / "model.safetensors"
+    save_transformer(model, path)
+    for name, value in parameters(load_transformer(path, TINY)).items():
+        assert torch.equal(value, parameters(model)[name])
+    with pytest.raises(StudyError, match="does not hold the weights"):
+        load_transformer(path, TransformerConfig(**{**vars(TINY), "d_mlp": 48}))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(StudyError, match="does not hold the weights"):
+        load_transformer(path, TINY)
