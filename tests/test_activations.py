@@ -12,7 +12,8 @@ TINY = TransformerConfig(n_tokens=1, d_vocab=50, n_ctx=16, d_model=16, n_heads=2
 
 @pytest.fixture
 def stream():
-    contexts = torch.randint(1, 50, (24, 16)).int()
+    # No token comes twice at one position, so that all rows differ.
+    contexts = (1 + (torch.arange(24)[:, None] + torch.arange(16)) % 49).int()
     contexts[:, 5] = ActivationStream.END_OF_TEXT
     config = StreamConfig(batch_size=20, tokens_per_context=15, chunk_contexts=8)
     return ActivationStream(build(TINY), contexts, config)
