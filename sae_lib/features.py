@@ -5,7 +5,7 @@ The study's corpus labels every document with its domain, a truth the papers did
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 
@@ -38,18 +38,10 @@ class LabelCorrelations:
         return torch.where(scale > 0, covariance / scale.clamp_min(1e-300), 0.0).float()
 
 
-def pearson_sums(values: Float[Tensor, "tokens pairs"], is_label: Float[Tensor, "tokens pairs"],
-                 document: Int[Tensor, " tokens"]) -> Float[Tensor, "documents 6 pairs"]:
+def pearson_sums(values: Float[Tensor, "tokens pairs"], is_label: Bool[Tensor, "tokens pairs"],
+                 document: Int[Tensor, " tokens"]) -> Float64[Tensor, "documents 6 pairs"]:
     """Per-document sums (n, x, y, xx, yy, xy) of unit-label pairs, from which a bootstrap over documents starts."""
     documents, index = torch.unique(document, return_inverse=True)
     x, y = values.double(), is_label.double()
     terms = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], dim=1)
     return torch.zeros(len(documents), *terms.shape[1:], dtype=torch.float64).index_add_(0, index, terms)
-
-
-def pearson_from_sums(sums: Float[Tensor, "*draws 6 pairs"]) -> Float[Tensor, "*draws pairs"]:
-    """Pearson correlations from the six sums of `pearson_sums` added over documents; 0 where a variance is 0."""
-    n, x, y, xx, yy, xy = sums.unbind(-2)
-    covariance = n * xy - x * y
-    scale = ((n * xx - x * x).clamp_min(0) * (n * yy - y * y).clamp_min(0)).sqrt()
-    return torch.where(scale > 0, covariance / scale.clamp_min(1e-300), 0.0)

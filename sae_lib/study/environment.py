@@ -1,0 +1,84 @@
+"""What the study runs on: whether the active environment satisfies the project, and what a manifest records of it.
+
+Imports nothing but the standard library at the top, because run_all.sh asks it before anything is installed.
+"""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import tomllib
+from pathlib import Path
+
+from sae_lib.study import paths
+
+# The packages whose versions can change a number or a figure.
+PACKAGES = ("torch", "transformer-lens", "tokenizers", "safetensors", "numpy", "pandas", "numba", "plotly", "papermill")
+
+
+def unmet(project: Path, extras: tuple[str, ...] = ()) -> list[str]:
+    """The requirements of `project`'s pyproject.toml (with `extras`) that the active environment does not meet."""
+    with open(project / "pyproject.toml", "rb") as file:
+        table = tomllib.load(file)["project"]
+    wanted = list(table["dependencies"])
+    for extra in extras:
+        wanted += table["optional-dependencies"][extra]
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # every environment with the study's packages has it
+        return wanted
+    return [text for text in wanted if not _met(Requirement(text))]
+
+
+def _met(requirement) -> bool:
+    if requirement.marker and not requirement.marker.evaluate():
+        return True
+    try:
+        return requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def cpus() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str | int | float]:
+    """The machine, as far as it explains a run's time and memory."""
+    import psutil
+
+    return {
+        "platform": platform.platform(terse=True),
+        "processor": platform.machine(),
+        "cpus": cpus(),
+        "ram_gb": round(psutil.virtual_memory().total / 1e9, 1),
+    }
+
+
+def git(project: Path) -> dict | None:
+    """The commit that is checked out and whether tracked files differ from it; None outside a git checkout."""
+    def ask(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(project), *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
+
+    try:
+        return {"sha": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def lock_hash(project: Path) -> str | None:
+    """Hash of requirements.lock, or None if there is none."""
+    lock = project / "requirements.lock"
+    return paths.sha256(lock) if lock.exists() else None

@@ -1,0 +1,199 @@
+"""What the notebooks ask for: each slow product of the study by its name, loaded if it exists, else made."""
+
+import os
+import platform
+from dataclasses import asdict, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sae_lib import corpus as corpus_module
+from sae_lib import tokens as tokens_module
+from sae_lib.activations import ActivationStream
+from sae_lib.errors import StudyError
+from sae_lib.evaluate import Text, best_detectors, count_won
+from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums
+from sae_lib.pretrain import train_transformer
+from sae_lib.sae import SAE, SAEConfig
+from sae_lib.study.artefacts import Artefact, Store
+from sae_lib.study.profiles import PROFILES
+from sae_lib.study.scorecard import Scorecard
+from sae_lib.tokens import TokenData
+from sae_lib.train import TrainConfig, train_sae
+from sae_lib.transformer import Transformer, TransformerConfig, load_transformer, low_precision, save_transformer, shuffle_weights
+
+
+class Trained(NamedTuple):
+    """A trained model or dictionary with the log of its training."""
+
+    model: Transformer | SAE
+    log: pd.DataFrame
+    artefact: Artefact
+
+
+class Study:
+    """One profile, seed and corpus; `begin` makes it. Its methods compose the library's steps into named artefacts."""
+
+    def __init__(self, profile: str = "workshop", seed: int = 0, artefacts: str = "auto", corpus: str = ""):
+        if profile not in PROFILES:
+            raise StudyError(f"There is no profile '{profile}'; choose one of {', '.join(PROFILES)}.")
+        self.profile = PROFILES[profile]
+
+        if corpus:
+            self.profile = replace(self.profile, corpus=replace(self.profile.corpus, source=corpus))
+        self.seed = seed
+        self.store = Store(mode=artefacts)
+        self.scorecard = Scorecard(profile=profile, corpus=self.profile.corpus.source, seed=seed)
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return corpus_module.fingerprint(self.profile.corpus)
+
+    @cached_property
+    def _documents(self) -> list[corpus_module.Document]:
+        return list(corpus_module.documents(self.profile.corpus))
+
+    @cached_property
+    def _tokenizer(self) -> Artefact:
+        def make(out: Path, _: Path) -> None:
+            tokens_module.train_tokenizer(self._documents, self.profile.tokens).save(str(out / "tokenizer.json"))
+
+        return self.store.stage("tokenizer", {"corpus": asdict(self.profile.corpus), "tokens": asdict(self.profile.tokens)}, make,
+                                fingerprint=self._fingerprint)
+
+    @cached_property
+    def _tokens(self) -> Artefact:
+        def make(out: Path, _: Path) -> None:
+            tokenizer = Tokenizer.from_file(str(self._tokenizer.path / "tokenizer.json"))
+            tokens_module.tokenise(self._documents, tokenizer, self.profile.tokens, out)
+            del self.__dict__["_documents"]  # 100 MB of text that nothing needs any more
+
+        return self.store.stage("tokens", {"corpus": asdict(self.profile.corpus), "tokens": asdict(self.profile.tokens)}, make,
+                                inputs=[self._tokenizer], fingerprint=self._fingerprint, reference=False)
+
+    @cached_property
+    def tokens(self) -> TokenData:
+        """The tokenised corpus, split by document."""
+        return TokenData.open(self._tokens.path)
+
+    def contexts(self, split: str) -> Tensor:
+        """All contexts of a split, int32 [n_contexts, n_ctx]."""
+        return torch.from_numpy(self.tokens.contexts(split).astype(np.int32))
+
+    @cached_property
+    def special_contexts(self) -> list[str]:
+        """Names of the domains that are special contexts: the corpus's own, or all of another corpus's."""
+        found = [name for name in self.tokens.domains if name in corpus_module.SPECIAL_CONTEXTS]
+        return found or list(self.tokens.domains)
+
+    def held_out(self, split: str = "test") -> Text:
+        """Held-out text: contexts spread evenly over the split, as many as the profile evaluates."""
+        contexts = self.contexts(split)
+        chosen = torch.linspace(0, len(contexts) - 1, min(len(contexts), self.profile.held_out_contexts)).long().unique()
+
+        def per_token(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values[:contexts.numel()].astype(np.int64)).view_as(contexts)[chosen]
+
+        return Text(contexts[chosen], per_token(self.tokens.doc_of_token(split)), per_token(self.tokens.domain_of_token(split)))
+
+    # --- transformers -------------------------------------------------------------------------------------------------
+
+    def _transformer_config(self, which: str) -> TransformerConfig:
+        return replace(self.profile.transformer, seed=2 * self.seed + (which == "B"))
+
+    def transformer(self, which: str = "A") -> Trained:
+        """Transformer "A", its twin "B" from another seed, or the control "random": A with each matrix's entries shuffled."""
+        if which not in ("A", "B", "random"):
+            raise StudyError(f"There is no transformer '{which}'; ask for A, B or random.")
+        config = self._transformer_config(which)
+
+        def make(out: Path, checkpoint: Path) -> None:
+            if which == "random":
+                model, log = shuffle_weights(self.transformer("A").model, config, self.seed), pd.DataFrame()
+            else:
+                model, log = train_transformer(self.contexts("train"), config, checkpoint / "transformer.safetensors")
+            save_transformer(model, out / "weights.safetensors")
+            log.to_json(out / "log.json", orient="records")
+
+        inputs = [self.transformer("A").artefact] if which == "random" else [self._tokens]
+        artefact = self.store.stage(f"transformer_{which}", asdict(config) | {"kind": which}, make, inputs=inputs)
+        return Trained(load_transformer(artefact.path / "weights.safetensors", config),
+                       pd.read_json(artefact.path / "log.json", orient="records"), artefact)
+
+    # --- dictionaries -------------------------------------------------------------------------------------------------
+
+    def stream(self, which: str = "A", batch_size: int | None = None) -> ActivationStream:
+        """Training activations of a transformer."""
+        config = replace(self.profile.stream, seed=2 * self.seed + (which == "B"))
+        if batch_size:
+            config = replace(config, batch_size=batch_size)
+        return ActivationStream(self.transformer(which).model, self.contexts("train"), config)
+
+    def dictionary(self, on: str = "A", *, expansion: int | None = None, train: TrainConfig | None = None) -> Trained:
+        """The dictionary of `expansion` features a neuron (the profile's if None), trained on a transformer's activations."""
+        train = replace(train or self.profile.dictionary, seed=self.seed)
+        expansion = expansion or self.profile.expansion
+        d_in = self.profile.transformer.d_mlp
+        config = SAEConfig(d_in=d_in, d_sae=expansion * d_in, seed=self.seed)
+        transformer = self.transformer(on)
+        everything = {"sae": asdict(config), "train": asdict(train), "stream": asdict(self.profile.stream), "on": on}
+
+        def make(out: Path, checkpoint: Path) -> None:
+            sae, log = train_sae(self.stream(on, train.batch_size), config, train, checkpoint / "dictionary.safetensors")
+            sae.save(out, metadata={"hook_name": self.profile.transformer.hook_name, "model_name": f"sae_lib/transformer_{on}",
+                                    "context_size": self.profile.transformer.n_ctx, "dataset_path": self.profile.corpus.source,
+                                    "prepend_bos": False})
+            log.to_json(out / "log.json", orient="records")
+
+        main = train == replace(self.profile.dictionary, seed=self.seed)
+        artefact = self.store.stage(f"sae_{expansion}x_{on}" + ("" if main else f"_l1_{train.l1_coefficient:g}_{train.n_activations}"),
+                                    everything, make, inputs=[transformer.artefact, self._tokens])
+        return Trained(SAE.load(artefact.path), pd.read_json(artefact.path / "log.json", orient="records"), artefact)
+
+    def short_dictionary(self, l1_coefficient: float) -> SAE:
+        """A dictionary of the main one's size, trained briefly: for comparing L1 coefficients at equal budget."""
+        return self.dictionary("A", train=replace(self.profile.sweep, l1_coefficient=l1_coefficient)).model
+
+    def superposition(self) -> tuple[pd.DataFrame, Interval]:
+        """How well the best neuron and the best feature detect each special context, chosen on validation text and measured
+        on test text; and how many contexts the feature wins by 0.3.
+
+        Columns: context; for each of neuron and feature its correlation (`neuron`), index (`neuron_unit`) and the ends of its
+        interval (`neuron_low`, `neuron_high`).
+        """
+        labels = [self.tokens.domains.index(name) for name in self.special_contexts]
+        model, draws = self.transformer("A").model, {"seed": self.seed, "n_boot": self.profile.bootstrap}
+        table, found = pd.DataFrame({"context": self.special_contexts}), {}
+        for unit, sae in (("neuron", None), ("feature", self.dictionary("A").model)):
+            best = found[unit] = best_detectors(model, sae, self.held_out("validation"), self.held_out("test"), labels)
+            ends = [bootstrap_interval(best.sums[:, :, i], lambda t: pearson_from_sums(*np.moveaxis(t, -1, 0)), **draws)
+                    for i in range(len(labels))]
+            table = table.assign(**{unit: best.pearson(), f"{unit}_unit": best.unit, f"{unit}_low": [e.low for e in ends],
+                                    f"{unit}_high": [e.high for e in ends]})
+        return table, count_won(found["feature"], found["neuron"], 0.3, **draws)
+
+
+def machine() -> dict[str, str]:
+    """What a run's speed and numbers depend on: versions, cores, memory, precision."""
+    packages = {name: version(name) for name in ("torch", "transformer-lens", "plotly", "papermill", "pandas")}
+    return {"python": platform.python_version(), **packages, "cores": str(os.cpu_count()),
+            "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB", "GPU": "yes" if torch.cuda.is_available() else "no",
+            "precision": str(low_precision()).removeprefix("torch.")}
+
+
+def begin(profile: str, seed: int, artefacts: str, corpus: str) -> Study:
+    """Start a notebook: check its parameters and print what it runs on."""
+    study, facts = Study(profile, seed, artefacts, corpus), machine()
+    print(f"profile {profile} · seed {seed} · artefacts {artefacts} · corpus {study.profile.corpus.source}")
+    print(" · ".join(f"{name} {value}" for name, value in facts.items()))
+    return study

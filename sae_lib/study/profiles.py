@@ -1,0 +1,75 @@
+"""The sizes of the study: `smoke` (CI, minutes), `workshop` (a laptop, the default) and `paper` (GPUs, as far as published)."""
+
+from dataclasses import dataclass, replace
+
+from sae_lib.activations import StreamConfig
+from sae_lib.corpus import CorpusConfig
+from sae_lib.tokens import TokenConfig
+from sae_lib.train import TrainConfig
+from sae_lib.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Every size and hyperparameter of one scale of the study."""
+
+    name: str
+    corpus: CorpusConfig
+    tokens: TokenConfig
+    transformer: TransformerConfig
+    stream: StreamConfig
+    dictionary: TrainConfig
+    expansion: int  # features of the main dictionary per neuron; the paper's A/1 has 8
+    sweep: TrainConfig  # a short training, for comparing L1 coefficients at equal budget
+    sweep_l1: tuple[float, ...]
+    held_out_contexts: int  # contexts of the test split that are evaluated
+    bootstrap: int  # draws
+
+    @property
+    def d_sae(self) -> int:
+        return self.expansion * self.transformer.d_mlp
+
+
+WORKSHOP = Profile(
+    name="workshop",
+    corpus=CorpusConfig(target_tokens=46_000_000),
+    tokens=TokenConfig(vocab_size=4096, n_ctx=256),
+    transformer=TransformerConfig(n_tokens=40_000_000),
+    stream=StreamConfig(batch_size=4096),
+    dictionary=TrainConfig(n_activations=40_000_000, batch_size=4096, l1_coefficient=5.0),
+    expansion=8,
+    sweep=TrainConfig(n_activations=4_000_000, batch_size=4096, l1_coefficient=5.0),
+    sweep_l1=(3.0, 5.0, 8.0, 12.0),
+    held_out_contexts=1536,
+    bootstrap=1000,
+)
+
+SMOKE = replace(
+    WORKSHOP,
+    name="smoke",
+    corpus=CorpusConfig(target_tokens=1_200_000),
+    tokens=TokenConfig(vocab_size=1024, n_ctx=64),
+    transformer=TransformerConfig(n_tokens=800_000, d_vocab=1024, n_ctx=64, d_model=64, n_heads=2, d_mlp=128),
+    stream=StreamConfig(batch_size=1024, tokens_per_context=62),
+    dictionary=TrainConfig(n_activations=400_000, batch_size=1024, l1_coefficient=5.0),
+    sweep=TrainConfig(n_activations=100_000, batch_size=1024, l1_coefficient=5.0),
+    sweep_l1=(3.0, 8.0),
+    held_out_contexts=128,
+    bootstrap=200,
+)
+
+PAPER = replace(
+    WORKSHOP,
+    name="paper",
+    corpus=CorpusConfig(source="hf:monology/pile-uncopyrighted", target_tokens=100_000_000_000),
+    tokens=TokenConfig(vocab_size=65_536, n_ctx=1024),
+    transformer=TransformerConfig(n_tokens=100_000_000_000, d_vocab=65_536, n_ctx=1024, batch_contexts=512, lr=1e-3),
+    stream=StreamConfig(batch_size=8192),
+    # 0.004 against the mean squared error over 512 neurons is 2.05 against the summed one.
+    dictionary=TrainConfig(n_activations=8_192_000_000, batch_size=8192, l1_coefficient=2.05),
+    sweep=TrainConfig(n_activations=800_000_000, batch_size=8192, l1_coefficient=2.05),
+    sweep_l1=(1.0, 2.05, 4.0),
+    held_out_contexts=16_384,
+)
+
+PROFILES = {profile.name: profile for profile in (SMOKE, WORKSHOP, PAPER)}

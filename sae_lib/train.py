@@ -1,0 +1,274 @@
+"""Training a dictionary: schedules, resampling of dead features, exact resume (Bricken et al., App. Architecture; B2-B4)."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lib.checkpoint import load_checkpoint, save_checkpoint
+from sae_lib.errors import StudyError
+from sae_lib.kernels import SPARSE_L0, LossGradient, Parameters, StepSums, adam_step, native_bfloat16
+from sae_lib.sae import SAE, SAEConfig, geometric_median
+from sae_lib.seeds import generator
+
+SCALE_SAMPLE = 16_384  # activations for the scale and the geometric median
+RESAMPLE_CHUNK = 65_536  # inputs whose loss is computed at once when resampling
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a dictionary is trained. Everything given as a share is a share of the run's steps.
+
+    The activations are trained on at mean norm sqrt(d_in), x' = s * x, and the loss is the mean over the batch of
+    ||x' - x_hat'||^2 + l1_coefficient * ||f'||_1: a *summed* squared error. In the paper's units (squared error averaged over
+    the d_in elements) the coefficient is l1_coefficient / d_in; on unscaled activations it is l1_coefficient / s.
+    """
+
+    n_activations: int
+    batch_size: int = 8192
+    l1_coefficient: float = 5.0
+    lr: float = 4e-4  # the paper reports neither the learning rate nor betas nor warm-up
+    betas: tuple[float, float] = (0.9, 0.999)
+    lr_warmup: float = 0.0
+    lr_decay: float = 0.0  # the last share of the run, over which the rate falls linearly to `lr_final * lr`
+    lr_final: float = 0.0
+    l1_warmup: float = 0.0
+    resample_at: tuple[float, ...] = (0.025, 0.05, 0.075, 0.1)
+    dead_window: float = 0.0125
+    resample_inputs: int = 819_200
+    resample_centred: bool = False  # resample along x - b_dec, what the encoder sees, instead of along x as the paper does
+    seed: int = 0
+    precision: str = "auto"  # or "float32", "bfloat16": of the factors in matrix products
+    log_every: int = 100
+    checkpoint_every: int = 1000
+
+    @property
+    def n_steps(self) -> int:
+        return max(1, self.n_activations // self.batch_size)
+
+    def steps(self, share: float) -> int:
+        return max(1, round(share * self.n_steps))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the factors in matrix products: bfloat16 where the machine has units for it, unless told."""
+        if self.precision == "auto":
+            return torch.bfloat16 if native_bfloat16() else torch.float32
+        if self.precision not in ("float32", "bfloat16"):
+            raise StudyError(f"There is no precision '{self.precision}'; use auto, float32 or bfloat16.")
+        return getattr(torch, self.precision)
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """Where activations come from; what it gives depends on its arguments alone."""
+
+    def batches(self, start_step: int = 0) -> Iterator[Tensor]:
+        """Batches [batch, d_in], float32 or bfloat16, beginning with that of step `start_step`."""
+        ...
+
+    def sample(self, n: int, purpose: str = "sample", step: int = 0) -> Tensor:
+        """At most `n` random rows [n, d_in], float32."""
+        ...
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes; what a checkpoint holds."""
+
+    p: Parameters
+    m: Parameters
+    v: Parameters
+    age: Int[Tensor, " d_sae"]  # updates of each feature since it was made or resampled
+    last_fired: Int[Tensor, " d_sae"]  # step at which each feature was last active
+    scale: float
+    step: int
+    l0: float  # mean number of active features in the last batch
+    sums: list[float]  # squared error, L1, active features and rows since the last line of the log
+    log: list[dict]
+
+    def dead(self, window: int) -> Bool[Tensor, " d_sae"]:
+        """Features that were active in none of the last `window` steps."""
+        return self.last_fired <= self.step - window
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, a plateau, and a linear fall at the end; `step` counts from 0."""
+    rate = config.lr
+    if config.lr_warmup:
+        rate *= min(1.0, (step + 1) / config.steps(config.lr_warmup))
+    if config.lr_decay:
+        left = (config.n_steps - step) / config.steps(config.lr_decay)
+        rate *= config.lr_final + (1 - config.lr_final) * min(1.0, left)
+    return rate
+
+
+def l1_at(config: TrainConfig, step: int) -> float:
+    """The L1 coefficient, which may rise linearly at the start; `step` counts from 0."""
+    warm = min(1.0, (step + 1) / config.steps(config.l1_warmup)) if config.l1_warmup else 1.0
+    return config.l1_coefficient * warm
+
+
+def initial_state(source: ActivationSource, sae_config: SAEConfig) -> TrainState:
+    """A new dictionary, its pre-encoder bias at the geometric median of the scaled activations."""
+    x = source.sample(SCALE_SAMPLE, "scale")
+    norm = x.norm(dim=1).mean().item()
+    if not norm > 0 or not math.isfinite(norm):
+        raise StudyError(f"The activations have mean norm {norm}, so there is nothing to train on; train the transformer again.")
+    scale = math.sqrt(sae_config.d_in) / norm
+    sae = SAE(sae_config)
+    p = Parameters(sae.W_enc.detach().T.contiguous(), sae.b_enc.detach(), sae.W_dec.detach(), geometric_median(x * scale))
+    zeros = torch.zeros(sae_config.d_sae, dtype=torch.int64)
+    return TrainState(p, p.zeros(), p.zeros(), zeros.clone(), zeros.clone(), scale, 0, math.inf, [0.0] * 4, [])
+
+
+@torch.no_grad()
+def resample(state: TrainState, source: ActivationSource, config: TrainConfig, sae_config: SAEConfig) -> int:
+    """Give every dead feature a new direction; returns how many (Bricken et al., Neuron Resampling).
+
+    An input is drawn for each with probability proportional to its loss squared, out of `resample_inputs`. Its direction
+    becomes the dictionary row, and at 0.2 times the mean norm of the living features' encoders the encoder row; the encoder
+    bias becomes 0, and Adam starts anew for all of these weights.
+    """
+    dead = state.dead(config.steps(config.dead_window))
+    n_dead = int(dead.sum())
+    if not n_dead:
+        return 0
+    rng = generator(config.seed, "resample", state.step)
+    l1_coefficient = l1_at(config, state.step - 1)
+    picked, total, p = torch.zeros(n_dead, sae_config.d_in), 0.0, state.p
+    for i, start in enumerate(range(0, config.resample_inputs, RESAMPLE_CHUNK)):
+        n = min(RESAMPLE_CHUNK, config.resample_inputs - start)
+        x = source.sample(n, f"resample-{i}", state.step) * state.scale
+        weight = torch.cat([_losses(p, rows, l1_coefficient) for rows in x.split(1024)]).double().square()
+        # Drawing chunk by chunk: a later chunk takes over a draw with its share of all the weight so far.
+        total += weight.sum().item()
+        replaced = torch.rand(n_dead, generator=rng, dtype=torch.float64) * total < weight.sum()
+        picked[replaced] = x[torch.multinomial(weight, n_dead, replacement=True, generator=rng)][replaced]
+    if config.resample_centred:
+        picked -= p.b_dec
+    direction = picked / picked.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    alive_norm = p.W_enc_T[~dead].norm(dim=1).mean() if n_dead < len(dead) else p.W_enc_T.norm(dim=1).mean()
+    p.W_dec[dead], p.W_enc_T[dead], p.b_enc[dead] = direction, 0.2 * alive_norm * direction, 0.0
+    for moments in (state.m, state.v):
+        moments.W_dec[dead], moments.W_enc_T[dead], moments.b_enc[dead] = 0.0, 0.0, 0.0
+    state.age[dead], state.last_fired[dead] = 0, state.step
+    return n_dead
+
+
+def _losses(p: Parameters, x: Float[Tensor, "batch d_in"], l1_coefficient: float) -> Float[Tensor, " batch"]:
+    features = torch.relu((x - p.b_dec) @ p.W_enc_T.T + p.b_enc)
+    return (features @ p.W_dec + p.b_dec - x).square().sum(1) + l1_coefficient * features.sum(1)
+
+
+def train_sae(source: ActivationSource, sae_config: SAEConfig, config: TrainConfig, checkpoint: Path | None = None,
+              stop_after: int | None = None) -> tuple[SAE, pd.DataFrame]:
+    """Train a dictionary and return it, reading unscaled activations, with its log.
+
+    The log's columns: step; activations (seen); loss, mse (summed over d_in), l1 and l0, means over the rows since the line
+    before, in scaled units; dead (share of features not active in `dead_window`); resampled (features, at this step); lr;
+    seconds (of training). Resumes exactly from `checkpoint` if that file exists: 200 steps give the same bits as 100, a stop,
+    and 100 more. `stop_after` ends early at that step, as an interruption would.
+
+    Raises StudyError if the loss is no longer finite (the last checkpoint is kept), if the activations are not of width
+    `d_in`, or if the checkpoint is damaged or belongs to another training.
+    """
+    resample_steps = {config.steps(share) for share in config.resample_at}
+    state = _resume(checkpoint, sae_config, config) or initial_state(source, sae_config)
+    gradient = LossGradient(state.p, config.dtype)
+    end = min(config.n_steps, stop_after or config.n_steps)
+    began = time.monotonic() - (state.log[-1]["seconds"] if state.log else 0.0)
+    bar = tqdm(total=config.n_steps, initial=state.step, desc="dictionary", unit="step", leave=False, mininterval=2)
+    batches = source.batches(state.step)
+    while state.step < end:
+        x = next(batches).float() * state.scale
+        lr, l1_coefficient = learning_rate(config, state.step), l1_at(config, state.step)
+        # Deterministic, since it depends on counts alone; the margin is for rows that have more than most.
+        sums = gradient.add(x, l1_coefficient, sparse=state.l0 < 0.75 * SPARSE_L0)
+        state.step += 1
+        state.age += 1
+        finite = adam_step(state.p, gradient.grads, state.m, state.v, state.age, state.step, 1 / len(x), lr, config.betas)
+        if not (finite and math.isfinite(sums.squared_error + sums.l1)):
+            raise StudyError(_not_finite(state.step, config, checkpoint))
+        _count(state, sums, len(x))
+        resampled = resample(state, source, config, sae_config) if state.step in resample_steps else 0
+        bar.update()
+        if state.step % config.log_every == 0 or state.step == config.n_steps or resampled:
+            _log(state, config, l1_coefficient, lr, resampled, time.monotonic() - began)
+            bar.set_postfix(loss=f"{state.log[-1]['loss']:.1f}", l0=f"{state.log[-1]['l0']:.1f}", refresh=False)
+        if checkpoint and (state.step % config.checkpoint_every == 0 or state.step == end):
+            _save(checkpoint, state, sae_config, config)
+    bar.close()
+    return _finished(state, sae_config, config), pd.DataFrame(state.log)
+
+
+def _count(state: TrainState, sums: StepSums, rows: int) -> None:
+    state.last_fired[sums.fired > 0] = state.step
+    new = (sums.squared_error, sums.l1, float(sums.fired.sum()), float(rows))
+    state.l0 = new[2] / rows
+    state.sums = [a + b for a, b in zip(state.sums, new, strict=True)]
+
+
+def _log(state: TrainState, config: TrainConfig, l1_coefficient: float, lr: float, resampled: int, seconds: float) -> None:
+    mse, l1, l0 = (value / state.sums[3] for value in state.sums[:3])
+    dead = state.dead(config.steps(config.dead_window)).float().mean().item()
+    state.log.append({"step": state.step, "activations": state.step * config.batch_size, "loss": mse + l1_coefficient * l1,
+                      "mse": mse, "l1": l1, "l0": l0, "dead": dead, "resampled": resampled, "lr": lr, "seconds": seconds})
+    state.sums = [0.0] * 4
+
+
+def _finished(state: TrainState, sae_config: SAEConfig, config: TrainConfig) -> SAE:
+    sae = SAE(sae_config)
+    weights = {"W_enc": state.p.W_enc_T.T.contiguous()} | {n: getattr(state.p, n) for n in ("b_enc", "W_dec", "b_dec")}
+    sae.load_state_dict(weights)
+    sae.metadata = {"training": asdict(config) | {"steps": state.step, "activation_scale": state.scale}}
+    if state.log:
+        sae.metadata["l0"] = state.log[-1]["l0"]
+    return sae.fold_scale_(state.scale).requires_grad_(False)
+
+
+def _not_finite(step: int, config: TrainConfig, checkpoint: Path | None) -> str:
+    kept = "go on from the last checkpoint" if checkpoint and checkpoint.exists() else "run again"
+    return (f"The dictionary's loss is no longer a finite number at step {step}; lower its learning rate ({config.lr:g}) "
+            f"and {kept}.")
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+def _identity(sae_config: SAEConfig, config: TrainConfig) -> dict:
+    """What must agree for a checkpoint to be gone on from; a lower learning rate may be what rescues a training."""
+    free = ("lr", "log_every", "checkpoint_every")
+    identity = {"sae": asdict(sae_config), "train": {k: v for k, v in asdict(config).items() if k not in free}}
+    identity["train"]["precision"] = str(config.dtype)
+    return identity
+
+
+def _save(path: Path, state: TrainState, sae_config: SAEConfig, config: TrainConfig) -> None:
+    tensors = {f"{group}/{name}": value for group in ("p", "m", "v")
+               for name, value in getattr(state, group)._asdict().items()}
+    tensors |= {"age": state.age, "last_fired": state.last_fired}
+    values = {"scale": state.scale, "step": state.step, "l0": state.l0, "sums": state.sums, "log": state.log,
+              "identity": _identity(sae_config, config)}
+    save_checkpoint(path, tensors, values)
+
+
+def _resume(path: Path | None, sae_config: SAEConfig, config: TrainConfig) -> TrainState | None:
+    saved = load_checkpoint(path) if path else None
+    if saved is None:
+        return None
+    tensors, values = saved
+    # Compared as JSON values: tuples come back as lists.
+    if values["identity"] != json.loads(json.dumps(_identity(sae_config, config))):
+        raise StudyError(f"The checkpoint {path} belongs to a training with other settings; delete it to start this one.")
+    groups = {g: Parameters(*(tensors[f"{g}/{name}"] for name in Parameters._fields)) for g in ("p", "m", "v")}
+    return TrainState(**groups, age=tensors["age"], last_fired=tensors["last_fired"], scale=values["scale"],
+                      step=values["step"], l0=values["l0"], sums=values["sums"], log=values["log"])

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+
+from sae_lib.evaluate import Detectors, Text, best_detectors, count_won, held_out_pass, label_correlations
+from sae_lib.sae import SAE, SAEConfig
+from sae_lib.transformer import TransformerConfig, build, mlp_activations, parameters, token_losses
+
+TINY = TransformerConfig(n_tokens=1, d_vocab=50, n_ctx=16, d_model=16, n_heads=2, d_mlp=24)
+
+
+@pytest.fixture
+def model():
+    model = build(TINY)
+    with torch.no_grad():
+        for value in parameters(model).values():
+            value.add_(0.3 * torch.randn_like(value))
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def text():
+    contexts = torch.randint(1, 50, (70, 16))
+    contexts[:, 5] = 0
+    documents = torch.arange(70)[:, None].expand(-1, 16) // 2
+    return Text(contexts, documents, (contexts > 25).long())
+
+
+@pytest.fixture
+def perfect():
+    """A dictionary that rebuilds its non-negative input exactly: one feature a neuron."""
+    sae = SAE(SAEConfig(d_in=24, d_sae=24))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(24)), sae.W_dec.copy_(torch.eye(24)), sae.b_enc.zero_(), sae.b_dec.zero_()
+    return sae
+
+
+def test_a_perfect_dictionary_recovers_everything(model, text, perfect):
+    held_out = held_out_pass(model, text, perfect)
+    assert held_out.loss_recovered("zero", n_boot=20).value == pytest.approx(1, abs=1e-5)
+    assert held_out.explained_variance(n_boot=20).value == pytest.approx(1, abs=1e-6)
+    acts = mlp_activations(model, text.contexts)[:, :-1][text.contexts[:, :-1] != 0]
+    assert held_out.average("l0", n_boot=20).value == pytest.approx((acts > 0).float().sum(1).mean().item())
+    assert torch.equal(held_out.fired, (acts > 0).sum(0))
+
+
+def test_a_dictionary_that_says_nothing_recovers_nothing(model, text, perfect):
+    with torch.no_grad():
+        perfect.W_dec.zero_()
+    held_out = held_out_pass(model, text, perfect)
+    assert held_out.loss_recovered("zero", n_boot=20).value == pytest.approx(0, abs=1e-5)
+
+
+def test_a_dictionary_that_says_the_mean_explains_no_variance(model, text, perfect):
+    with torch.no_grad():
+        perfect.W_dec.zero_()
+        perfect.b_dec.copy_(mlp_activations(model, text.contexts).mean((0, 1)))
+        held_out = held_out_pass(model, text, perfect)
+    assert held_out.explained_variance(n_boot=20).value == pytest.approx(0, abs=1e-5)
+    assert held_out.loss_recovered("mean", n_boot=20).value == pytest.approx(0, abs=1e-4)
+
+
+def test_end_of_text_and_the_last_token_are_left_out_everywhere(model, text, perfect):
+    held_out = held_out_pass(model, text, perfect)
+    assert {len(v) for v in held_out.values.values()} == {len(held_out.document)} == {70 * 14}
+    clean = token_losses(model, text.contexts, {"clean": None})["clean"]
+    keep = [i for i in range(15) if i != 5]
+    torch.testing.assert_close(held_out.values["clean"].mean(), clean[:, keep].mean())
+
+
+def test_document_sums_by_hand(model, text):
+    held_out = held_out_pass(model, text)
+    sums = held_out.document_sums("clean")
+    assert sums.shape == (35, 2)
+    assert (sums[:, 1] == 28).all()
+    assert sums[3, 0] == pytest.approx(held_out.values["clean"][held_out.document == 3].double().sum().item())
+
+
+def test_label_correlations_of_neurons_and_features_equal_numpy(model, text, perfect):
+    acts = mlp_activations(model, text.contexts).flatten(0, 1).numpy()
+    with np.errstate(invalid="ignore"):
+        expected = np.nan_to_num([np.corrcoef(a, text.domains.flatten() == 1)[0, 1] for a in acts.T])
+    for sae in (None, perfect):
+        np.testing.assert_allclose(label_correlations(model, sae, text, 2)[:, 1], expected, atol=1e-5)
+
+
+def test_detectors_are_chosen_on_one_text_and_measured_on_another(model, text):
+    other = Text(text.contexts.flip(0), text.documents, text.domains.flip(0))
+    found = best_detectors(model, None, text, other, [0, 1])
+    correlations = label_correlations(model, None, other, 2)
+    assert torch.equal(found.unit, label_correlations(model, None, text, 2).argmax(0))
+    np.testing.assert_allclose(found.pearson(), correlations[found.unit, [0, 1]], atol=1e-5)
+
+
+def test_contexts_won_by_a_margin():
+    def detectors(correlation):
+        # Documents of four tokens in which unit and label agree, or do not: pearson 1 or 0.
+        agree, differ = [4, 2, 2, 2, 2, 2], [4, 2, 2, 2, 2, 1]
+        return Detectors(torch.tensor([0, 0]), np.array([[agree if c else differ for c in correlation]] * 3, float).transpose(0, 2, 1))
+
+    won = count_won(detectors([1, 1]), detectors([0, 1]), 0.3, n_boot=20)
+    assert won == (1, 1, 1)
