@@ -15,7 +15,7 @@ own what they write and sum in a fixed order, so its result does not depend on h
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Barrier
+from threading import Barrier, local
 from typing import NamedTuple, no_type_check
 
 import numpy as np
@@ -27,8 +27,8 @@ from torch import Tensor
 
 DENSE_ROWS = 1024  # micro-batch of the dense way: its feature activations stay in cache between passes
 SPARSE_ROWS = 256  # and of the sparse way, where every thread has one of its own
+SPARSE_GROUP = 2048  # rows whose errors stay in cache until they are added to the gradients
 SPARSE_L0 = 256  # mean number of active features up to which the sparse way is cheaper, and has room for
-BLOCK = 16  # features looked at together when searching for active ones
 
 # Everything that lets sums be vectorised, but not the assumption that values are finite.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -96,28 +96,35 @@ def _shares(n: int) -> list[tuple[int, int]]:
 # --- the gradient ----------------------------------------------------------------------------------------------------
 
 class LossGradient:
-    """Gradient of  sum over rows of ||x - x_hat||^2 + l1_coefficient * ||f||_1,  added up in `grads`.
+    """Gradient of  sum over rows of ||x' - x_hat||^2 + l1_coefficient * ||f||_1  for x' = scale * x, added up in `grads`.
 
     `dtype` is that of the factors in matrix products.
     """
 
     def __init__(self, p: Parameters, dtype: torch.dtype):
         self.p, self.dtype, self.grads = p, dtype, p.zeros()
-        self.buffers = _PairBuffers(0, *p.W_dec.shape)
+        self.low = p.W_enc_T.to(dtype)
+        self.buffers: _PairBuffers | None = None
 
     @torch.no_grad()
-    def add(self, x: Float[Tensor, "batch d_in"], l1_coefficient: float, sparse: bool = False) -> StepSums:
-        """Add a batch. `sparse` asks for the way that visits active pairs only; with too many of them it is dense after all."""
-        sums = self._add_sparse(x, l1_coefficient) if sparse else None
-        return sums or self._add_dense(x, l1_coefficient)
+    def add(self, x: Float[Tensor, "batch d_in"], l1_coefficient: float, scale: float = 1.0, sparse: bool = False) -> StepSums:
+        """Add a batch. `sparse` asks for the way that visits active pairs only; where these are too many it is dense still."""
+        if not sparse:
+            return self._add_dense(x, l1_coefficient, scale)
+        self.low = self.p.W_enc_T if self.dtype == torch.float32 else self.low
+        if self.low is not self.p.W_enc_T:
+            _in_parallel(lambda i, j: self.low[i:j].copy_(self.p.W_enc_T[i:j]), _shares(len(self.low)))
+        sums = [self._add_sparse(rows, l1_coefficient, scale) or self._add_dense(rows, l1_coefficient, scale)
+                for rows in x.split(SPARSE_GROUP)]
+        return StepSums(*(sum(column) for column in zip(*sums, strict=True)))
 
-    def _add_dense(self, x: Tensor, l1_coefficient: float) -> StepSums:
+    def _add_dense(self, x: Tensor, l1_coefficient: float, scale: float) -> StepSums:
         p, grads, dtype = self.p, self.grads, self.dtype
         W_enc_T, W_dec = p.W_enc_T.to(dtype), p.W_dec.to(dtype)
         squared_error, l1, fired = 0.0, 0.0, torch.zeros(len(p.b_enc), dtype=torch.int64)
-        b_enc_grad, b_dec_grad = torch.zeros_like(p.b_enc), torch.zeros_like(p.b_dec)
+        b_enc_grad = torch.zeros_like(p.b_enc)
         for rows in x.split(DENSE_ROWS):
-            centred = rows - p.b_dec
+            centred = rows.float().mul(scale).sub_(p.b_dec)
             centred_low = centred.to(dtype)
             features = torch.mm(centred_low, W_enc_T.T).add_(p.b_enc).relu_()
             fired += (features > 0).sum(0)
@@ -133,45 +140,43 @@ class LossGradient:
             grads.W_dec.add_(torch.mm(features.T, error_2_low))
             grads.W_enc_T.add_(torch.mm(g.T, centred_low))
             b_enc_grad += g.sum(0, dtype=torch.float32)
-            b_dec_grad += error_2.sum(0)
-        self._add_bias_gradients(b_enc_grad, b_dec_grad)
+            grads.b_dec.add_(error_2.sum(0))
+        grads.b_enc.add_(b_enc_grad)
+        grads.b_dec.sub_(b_enc_grad @ p.W_enc_T)  # b_dec is also subtracted before the encoder
         return StepSums(squared_error, l1, fired)
 
-    def _add_sparse(self, x: Tensor, l1_coefficient: float) -> StepSums | None:
+    def _add_sparse(self, x: Tensor, l1_coefficient: float, scale: float) -> StepSums | None:
         """None, with `grads` as they were, if some micro-batch has more than SPARSE_L0 active features a row."""
-        p, grads, n = self.p, self.grads, len(x)
-        if len(self.buffers.centred) != n:
-            self.buffers = _PairBuffers(n, *p.W_dec.shape)
-        b = self.buffers
-        W_enc, b_enc, W_dec = p.W_enc_T.to(self.dtype).T, p.b_enc.numpy(), p.W_dec.numpy()
+        p, grads, d_sae = self.p, self.grads, len(self.p.b_enc)
+        if self.buffers is None or len(self.buffers.centred) < len(x):
+            self.buffers = _PairBuffers(len(x), *p.W_dec.shape, self.dtype)
+        b, b_enc, W_dec, minus_b_dec = self.buffers, p.b_enc.numpy(), p.W_dec.numpy(), -p.b_dec
+        micro_batches = -(-len(x) // SPARSE_ROWS)
 
-        def micro_batch(i: int) -> tuple[int, float, float]:
-            rows = slice(i * SPARSE_ROWS, (i + 1) * SPARSE_ROWS)
-            centred = torch.sub(x[rows], p.b_dec, out=b.centred[rows])
-            pre = torch.mm(centred.to(self.dtype), W_enc)
+        def visit(i: int) -> tuple[int, float, float]:
+            rows = slice(i * SPARSE_ROWS, min((i + 1) * SPARSE_ROWS, len(x)))
+            centred = torch.add(minus_b_dec, x[rows], alpha=scale, out=b.centred[rows])
+            pre = torch.mm(centred.to(self.dtype), self.low.T, out=b.pre(len(centred)))
             pre = pre.view(torch.uint16) if pre.dtype == torch.bfloat16 else pre
             return _visit_rows(pre.numpy(), b_enc, W_dec, np.float32(l1_coefficient), centred.numpy(),
-                               b.error_2[rows].numpy(), i * SPARSE_ROWS, b.begin[i], b.row[i], b.f[i], b.g[i])
+                               b.error_2[rows].numpy(), rows.start, b.begin[i], b.row[i], b.f[i], b.g[i])
 
-        found = _in_parallel(micro_batch, [(i,) for i in range(len(b.begin))])
+        found = _in_parallel(visit, [(i,) for i in range(micro_batches)])
         if any(pairs < 0 for pairs, _, _ in found):
             return None
-        b_enc_grad, fired = torch.zeros_like(p.b_enc), torch.zeros(len(p.b_enc), dtype=torch.int64)
-        arrays = [t.numpy() for t in (b.error_2, b.centred, grads.W_dec, grads.W_enc_T, b_enc_grad, fired)]
-        _in_parallel(_visit_features, [(*share, b.begin, b.row, b.f, b.g, *arrays) for share in _shares(len(p.b_enc))])
-        self._add_bias_gradients(b_enc_grad, b.error_2.sum(0))
+        fired, shares = torch.zeros(d_sae, dtype=torch.int64), _shares(d_sae)
+        b_dec_grads = torch.zeros(len(shares), len(p.b_dec))
+        arrays = [t.numpy() for t in (b.error_2, b.centred, p.W_enc_T, grads.W_dec, grads.W_enc_T, grads.b_enc, fired)]
+        _in_parallel(_visit_features, [(*share, b.begin[:micro_batches], b.row, b.f, b.g, *arrays, b_dec_grad.numpy())
+                                       for share, b_dec_grad in zip(shares, b_dec_grads, strict=True)])
+        grads.b_dec.add_(b.error_2[:len(x)].sum(0)).add_(b_dec_grads.sum(0))
         return StepSums(sum(s for _, s, _ in found), sum(s for _, _, s in found), fired)
-
-    def _add_bias_gradients(self, b_enc_grad: Tensor, b_dec_grad: Tensor) -> None:
-        """`b_dec` is reached through the decoder and, being subtracted before it, through the encoder."""
-        self.grads.b_enc.add_(b_enc_grad)
-        self.grads.b_dec.add_(b_dec_grad - b_enc_grad @ self.p.W_enc_T)
 
 
 class _PairBuffers:
     """Memory of the sparse way, kept between steps: fresh pages for every step would cost as much as the work on them."""
 
-    def __init__(self, n: int, d_sae: int, d_in: int):
+    def __init__(self, n: int, d_sae: int, d_in: int, dtype: torch.dtype):
         micro_batches, capacity = -(-n // SPARSE_ROWS), SPARSE_ROWS * SPARSE_L0
         self.centred, self.error_2 = torch.empty(n, d_in), torch.empty(n, d_in)
         # Active pairs of each micro-batch in the order of their features: row, activation, its gradient; and where in that
@@ -179,6 +184,14 @@ class _PairBuffers:
         self.row = np.empty((micro_batches, capacity), np.int32)
         self.f, self.g = (np.empty((micro_batches, capacity), np.float32) for _ in range(2))
         self.begin = np.empty((micro_batches, d_sae + 1), np.int64)
+        self._new_pre = lambda: torch.empty(SPARSE_ROWS, d_sae, dtype=dtype)
+        self._local = local()
+
+    def pre(self, n: int) -> Tensor:
+        """Room for the pre-activations of `n` rows, the calling thread's own."""
+        if not hasattr(self._local, "pre"):
+            self._local.pre = self._new_pre()
+        return self._local.pre[:n]
 
 
 @no_type_check
@@ -196,24 +209,26 @@ def _widen_overload(x):
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 @no_type_check
-def _find_active(pre, b_enc, feature, f, blocks):
-    """Features of one row with pre + b_enc > 0, and these values; returns how many, or -1 if there is no room."""
-    n_blocks = 0
-    for start in range(0, len(pre), BLOCK):
-        p, b = pre[start:start + BLOCK], b_enc[start:start + BLOCK]
-        hit = np.int32(0)
-        for i in range(len(p)):  # without a branch, so that it is done in a few instructions
-            hit |= np.int32(_widen(p[i]) + b[i] > np.float32(0))
-        blocks[n_blocks] = start
-        n_blocks += np.int64(hit)
+def _find_active(pre, b_enc, flags, words, feature, f):
+    """Features of one row with pre + b_enc > 0, and these values; returns how many, or -1 if there is no room.
+
+    No step of it branches on a feature: flags are set many at a time, and eight without a flag are passed over at once.
+    """
+    for i in range(len(pre)):
+        flags[i] = _widen(pre[i]) + b_enc[i] > np.float32(0)
+    flagged = flags.view(np.uint64)
+    n_words = 0
+    for c in range(len(flagged)):
+        words[n_words] = c
+        n_words += np.int64(flagged[c] != 0)
+    if 8 * n_words > len(f):
+        return -1
     n = 0
-    for start in blocks[:n_blocks]:
-        p, b = pre[start:start + BLOCK], b_enc[start:start + BLOCK]
-        if n + BLOCK > len(f):
-            return -1
+    for c in words[:n_words]:
+        p, b = pre[8 * c:8 * c + 8], b_enc[8 * c:8 * c + 8]
         for i in range(len(p)):
             value = _widen(p[i]) + b[i]
-            feature[n], f[n] = start + i, value
+            feature[n], f[n] = 8 * c + i, value
             n += np.int64(value > np.float32(0))
     return n
 
@@ -225,44 +240,46 @@ def _visit_rows(pre, b_enc, W_dec, l1_coefficient, centred, error_2, first_row, 
 
     Returns the number of pairs, or -1 if there is no room for them, and the sums of squared errors and of activations.
     """
-    n_rows, d_in, capacity = len(pre), centred.shape[1], len(row)
+    n_rows, d_sae, d_in, capacity = len(pre), len(W_dec), centred.shape[1], len(row)
     feature, f, g = np.empty(capacity, np.int32), np.empty(capacity, np.float32), np.empty(capacity, np.float32)
-    blocks, end = np.empty(pre.shape[1] // BLOCK + 2, np.int64), np.zeros(n_rows + 1, np.int64)
+    words = np.empty(d_sae // 8 + 2, np.int64)
+    flags, end = np.zeros(8 * ((d_sae + 7) // 8), np.uint8), np.zeros(n_rows + 1, np.int64)
     squared_error, l1 = 0.0, 0.0
     begin[:] = 0
     for r in range(n_rows):
-        n = _find_active(pre[r], b_enc, feature[end[r]:], f[end[r]:], blocks)
+        n = _find_active(pre[r], b_enc, flags, words, feature[end[r]:], f[end[r]:])
         if n < 0:
             return -1, 0.0, 0.0
         end[r + 1] = end[r] + n
-        e = error_2[r]
-        e[:] = -centred[r]
+        e, c = error_2[r], centred[r]
+        for i in range(d_in):
+            e[i] = -c[i]
         for k in range(end[r], end[r + 1]):
-            w = W_dec[feature[k]]
+            w, fk = W_dec[feature[k]], f[k]
             for i in range(d_in):
-                e[i] += f[k] * w[i]
+                e[i] += fk * w[i]
         square = np.float32(0)
         for i in range(d_in):
             square += e[i] * e[i]
             e[i] *= np.float32(2)
         squared_error += square
-        # The rows of W_dec are still in cache.
-        for k in range(end[r], end[r + 1]):
+        for k in range(end[r], end[r + 1]):  # the rows of W_dec are still in cache
             w, dot = W_dec[feature[k]], np.float32(0)
             for i in range(d_in):
                 dot += e[i] * w[i]
             g[k] = dot + l1_coefficient
             l1 += f[k]
             begin[feature[k] + 1] += 1
-    # Counting sort by feature; rows stay in order within each.
-    for j in range(len(begin) - 1):
+    # Counting sort by feature; within each the rows stay in order.
+    for j in range(d_sae):
         begin[j + 1] += begin[j]
     for r in range(n_rows):
         for k in range(end[r], end[r + 1]):
             j = feature[k]
-            row[begin[j]], f_sorted[begin[j]], g_sorted[begin[j]] = first_row + r, f[k], g[k]
+            to = begin[j]
+            row[to], f_sorted[to], g_sorted[to] = first_row + r, f[k], g[k]
             begin[j] += 1
-    for j in range(len(begin) - 1, 0, -1):
+    for j in range(d_sae, 0, -1):
         begin[j] = begin[j - 1]
     begin[0] = 0
     return end[n_rows], squared_error, l1
@@ -270,19 +287,26 @@ def _visit_rows(pre, b_enc, W_dec, l1_coefficient, centred, error_2, first_row, 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 @no_type_check
-def _visit_features(first, last, begin, row, f, g, error_2, centred, W_dec_grad, W_enc_grad, b_enc_grad, fired):
-    """Gradients of features [first, last) from all micro-batches' pairs."""
+def _visit_features(first, last, begin, row, f, g, error_2, centred, W_enc, W_dec_grad, W_enc_grad, b_enc_grad, fired,
+                    b_dec_grad):
+    """Add to the gradients of features [first, last), and of `b_dec` through their encoders, from every micro-batch's pairs."""
     d_in = centred.shape[1]
     for j in range(first, last):
-        decoder, encoder = W_dec_grad[j], W_enc_grad[j]
+        decoder, encoder, total, n = W_dec_grad[j], W_enc_grad[j], np.float32(0), 0
         for b in range(len(begin)):
-            fired[j] += begin[b, j + 1] - begin[b, j]
+            n += begin[b, j + 1] - begin[b, j]
             for k in range(begin[b, j], begin[b, j + 1]):
-                e, c = error_2[row[b, k]], centred[row[b, k]]
+                e, c, fk, gk = error_2[row[b, k]], centred[row[b, k]], f[b, k], g[b, k]
                 for i in range(d_in):
-                    decoder[i] += f[b, k] * e[i]
-                    encoder[i] += g[b, k] * c[i]
-                b_enc_grad[j] += g[b, k]
+                    decoder[i] += fk * e[i]
+                    encoder[i] += gk * c[i]
+                total += gk
+        fired[j] += n
+        b_enc_grad[j] += total
+        if n:
+            w = W_enc[j]
+            for i in range(d_in):
+                b_dec_grad[i] -= total * w[i]
 
 
 # --- the update ------------------------------------------------------------------------------------------------------

@@ -121,6 +121,8 @@ def l1_at(config: TrainConfig, step: int) -> float:
 def initial_state(source: ActivationSource, sae_config: SAEConfig) -> TrainState:
     """A new dictionary, its pre-encoder bias at the geometric median of the scaled activations."""
     x = source.sample(SCALE_SAMPLE, "scale")
+    if x.shape[1] != sae_config.d_in:
+        raise StudyError(f"The activations have width {x.shape[1]} and the dictionary reads {sae_config.d_in}; set d_in to match.")
     norm = x.norm(dim=1).mean().item()
     if not norm > 0 or not math.isfinite(norm):
         raise StudyError(f"The activations have mean norm {norm}, so there is nothing to train on; train the transformer again.")
@@ -190,10 +192,12 @@ def train_sae(source: ActivationSource, sae_config: SAEConfig, config: TrainConf
     bar = tqdm(total=config.n_steps, initial=state.step, desc="dictionary", unit="step", leave=False, mininterval=2)
     batches = source.batches(state.step)
     while state.step < end:
-        x = next(batches).float() * state.scale
+        x = next(batches)
+        if len(x) != config.batch_size:
+            raise StudyError(f"A batch has {len(x)} rows instead of {config.batch_size}; give stream and training one batch size.")
         lr, l1_coefficient = learning_rate(config, state.step), l1_at(config, state.step)
         # Deterministic, since it depends on counts alone; the margin is for rows that have more than most.
-        sums = gradient.add(x, l1_coefficient, sparse=state.l0 < 0.75 * SPARSE_L0)
+        sums = gradient.add(x, l1_coefficient, state.scale, sparse=state.l0 < 0.75 * SPARSE_L0)
         state.step += 1
         state.age += 1
         finite = adam_step(state.p, gradient.grads, state.m, state.v, state.age, state.step, 1 / len(x), lr, config.betas)

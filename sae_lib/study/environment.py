@@ -69,11 +69,13 @@ def machine() -> dict[str, str | int | float]:
 
 def git(project: Path) -> dict | None:
     """The commit that is checked out and whether tracked files differ from it; None outside a git checkout."""
+
     def ask(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(project), *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
+        command = ["git", "-C", str(project), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
     try:
-        return {"sha": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no").strip())}
+        return {"sha": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return None
 

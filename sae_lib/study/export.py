@@ -5,18 +5,16 @@ A browser that cannot start makes the renderer wait for ever, so none is started
 
 import asyncio
 import base64
-import contextlib
 import importlib.util
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 from sae_lib.errors import StudyError
 from sae_lib.study import paths
+from sae_lib.study.processes import run_limited
 
 SCALE = 1.5
 # The programs themselves before the wrapper scripts of the same name: a signal to a wrapper does not reach the browser.
@@ -55,7 +53,7 @@ def export(folder: Path, timeout: float = 300, start_timeout: float = 15) -> str
         return "PNG export: all up to date"
     why = _no_renderer(start_timeout)
     if why is None:
-        status = _run([sys.executable, "-m", "sae_lib.study.export", str(folder)], timeout)
+        status = run_limited([sys.executable, "-m", "sae_lib.study.export", str(folder)], timeout)
         left = outdated(folder)
         if not left:
             return f"PNG export: {len(pending)} rendered"
@@ -106,33 +104,9 @@ def _no_renderer(start_timeout: float) -> str | None:
         missing = f"BROWSER_PATH is {wanted}, which is no program" if wanted else "no Chrome or Chromium found"
         return f"{missing}; set BROWSER_PATH or install one"
     # On Windows asking for the version opens a window.
-    if sys.platform != "win32" and _run([browser, "--version"], start_timeout) != 0:
+    if sys.platform != "win32" and run_limited([browser, "--version"], start_timeout) != 0:
         return f"{browser} does not start; set BROWSER_PATH to another browser"
     return None
-
-
-def _run(command: list[str], timeout: float) -> int | None:
-    """Exit status of `command`, or None if it took too long and was killed with everything it had started."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
-    try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        _kill_tree(process)
-
-
-def _kill_tree(process: subprocess.Popen) -> None:
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-    with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 async def _render(folder: Path) -> None:

@@ -20,6 +20,7 @@ from sae_lib.study import paths
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 WIDTH, HEIGHT = 900, 520
 # "Share" would upload the figure to a server; nothing here needs a network.
+_NESTS = ("data", "annotations", "frames", "layout", "buttons", "updatemenus", "sliders")  # lists that hold labels
 CONFIG = {"displaylogo": False, "showSendToCloud": False}
 MIMETYPE = "application/vnd.plotly.v1+json"
 
@@ -35,7 +36,7 @@ TEMPLATE = go.layout.Template(layout={
     "legend": {"bgcolor": "rgba(255,255,255,0.8)"},
     "xaxis": _AXIS,
     "yaxis": _AXIS,
-    "title": {"x": 0.02, "xanchor": "left", "y": 0.97, "yanchor": "top", "font": {"size": 17},
+    "title": {"x": 0.02, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 16}, "font": {"size": 16},
               "subtitle": {"font": {"size": 13, "color": "#555555"}}},
 })
 # plotly.express writes the default template's colours into its traces, so the template must be the default before they exist.
@@ -99,9 +100,9 @@ def update_index(folder: Path, entries: dict[str, dict]) -> None:
 
 def _set_title(fig: go.Figure, claim: str) -> None:
     subtitle = fig.layout.title.subtitle.text
-    # A bold character of the title's 17 pixels is about 9.2 wide.
-    lines = textwrap.wrap(claim.strip(), int(0.96 * fig.layout.width / 9.2))
-    rows = 23 * len(lines) + (20 * (1 + subtitle.count("<br>")) if subtitle else 0)
+    # A bold character of 16 pixels is up to 10.4 wide, a line 21 high.
+    lines = textwrap.wrap(claim.strip(), int(0.96 * fig.layout.width / 10.4))
+    rows = 21 * len(lines) + (18 * (1 + subtitle.count("<br>")) if subtitle else 0)
     fig.update_layout(title={"text": "<br>".join(f"<b>{line}</b>" for line in lines)})
     fig.update_layout(margin={"t": max(fig.layout.margin.t or 0, 42 + rows), "l": 70, "r": 40, "b": 60})
 
@@ -127,7 +128,7 @@ def _labels(value: Any, key: str = "") -> Iterator[str]:
         for child, item in value.items():
             if child != "template":
                 yield from _labels(item, child)
-    elif isinstance(value, list | tuple) and key in ("data", "annotations", "frames", "layout", "buttons", "updatemenus", "sliders"):
+    elif isinstance(value, list | tuple) and key in _NESTS:
         for item in value:
             yield from _labels(item, key)
     elif isinstance(value, str) and key in ("text", "name", "title", "label", "prefix"):

@@ -17,9 +17,14 @@ except ImportError:  # Windows: notebooks run, but two processes are not kept ap
     fcntl = None
 
 
+def project() -> Path:
+    """The checkout that this library was imported from."""
+    return Path(__file__).resolve().parents[2]
+
+
 def root() -> Path:
     """The study's folder, which holds notebooks/, figures/ and data/."""
-    return Path(os.environ.get("SAE_ROOT") or Path(__file__).parents[2]).resolve()
+    return Path(os.environ.get("SAE_ROOT") or project()).resolve()
 
 
 def data() -> Path:

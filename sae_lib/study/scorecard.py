@@ -73,7 +73,8 @@ class Scorecard:
         if old == self.header:
             return content["rows"]
         if say:
-            self.log(f"scorecard: dropped {len(content['rows'])} rows of another run ({_spell(old)}); this is {_spell(self.header)}")
+            dropped = f"{len(content['rows'])} rows of another run ({_spell(old)})"
+            self.log(f"scorecard: dropped {dropped}; this is {_spell(self.header)}")
         return []
 
 
@@ -82,7 +83,9 @@ def row_hashes(path: Path) -> dict[str, str]:
     return {row["id"]: paths.digest(row) for row in (paths.read_json(path) or {}).get("rows", [])}
 
 
-def _problem(id: str, claim: str, ours: float | None, low: float | None, high: float | None, seeds: int, verdict: str) -> str | None:
+def _problem(
+    id: str, claim: str, ours: float | None, low: float | None, high: float | None, seeds: int, verdict: str
+) -> str | None:
     if not re.fullmatch(r"\d\d(\.[\w-]+)+", id):
         return "an id is the notebook's number and dotted names, as in 03.loss_recovered"
     if not claim.strip():
