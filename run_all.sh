@@ -32,9 +32,9 @@ die() { say "$*"; exit 1; }
 
 new_enough() { command -v "$1" >/dev/null 2>&1 && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# The checkout comes first on the path, so that it is what runs even where another copy is installed.
+# This checkout is what runs, even where another is installed or is the current folder (-P keeps that off the path).
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-satisfies() { new_enough "$1" && "$1" -m sae_lib.study doctor --quiet "${@:2}" >/dev/null 2>&1; }
+satisfies() { new_enough "$1" && "$1" -P -m sae_lib.study doctor --quiet "${@:2}" >/dev/null 2>&1; }
 
 locked_hash() { "$1" -c 'import hashlib, sys; print(hashlib.sha256(b"".join(open(f, "rb").read() for f in sys.argv[1:])).hexdigest())' \
   "$here/requirements.lock" "$here/pyproject.toml"; }
@@ -87,6 +87,6 @@ case "${1:-}" in
     ;;
   *)
     python="$(find_environment)"
-    exec "$python" -m sae_lib.study run "$@"
+    exec "$python" -P -m sae_lib.study run "$@"
     ;;
 esac

@@ -81,9 +81,10 @@ class _Phrases:
                                           threshold=1, locale=self.locale)
         # Not the "stand-alone" forms: Babel resolves their aliases to whichever locale was loaded first.
         months = lambda: list(self.locale.months["format"]["wide"].values())
+        skeletons = ("EEEE", "MMMM", "EEEE, MMMM", "d MMMM", "QQQQ")
         days = lambda: list(self.locale.days["format"]["wide"].values())
         return _one(rng, (lambda: dates.format_date(_day(rng), "full", locale=self.locale),
-                          lambda: dates.format_date(_day(rng), _one(rng, ("EEEE", "MMMM", "EEEE, MMMM", "d MMMM", "QQQQ")), locale=self.locale),
+                          lambda: dates.format_date(_day(rng), _one(rng, skeletons), locale=self.locale),
                           lambda: lists.format_list([span() for _ in range(3)], locale=self.locale),
                           lambda: self.listed(rng, months(), 2, 5), lambda: self.listed(rng, days(), 2, 4),
                           lambda: self.listed(rng, self.zones, 2, 3)))()
@@ -118,7 +119,20 @@ def base64_document(data: bytes, rng: Random) -> str:
 
 def hex_document(data: bytes, rng: Random) -> str:
     """`data` in hexadecimal digits: unbroken lines as of digests, or pairs as in a dump."""
-    return _lines(data.hex(), int(_one(rng, (32, 40, 64)))) if rng.random() < 0.5 else _lines(data.hex(" "), 48).replace(" \n", "\n")
+    if rng.random() < 0.5:
+        return _lines(data.hex(), int(_one(rng, (32, 40, 64))))
+    return "\n".join(data[i:i + 16].hex(" ") for i in range(0, len(data), 16)) + "\n"
+
+
+def encoded_documents(data: bytes, rng: Random, encode: Callable[[bytes, Random], str]) -> Iterator[str]:
+    """Up to four pieces of a binary file as text; not its head, where formats keep names and zeros."""
+    start = 512
+    for _ in range(4):
+        end = start + int(rng.integers(300, 1000))
+        if end > len(data):
+            break
+        yield encode(data[start:end], rng)
+        start = end
 
 
 # Human codon usage per thousand codons (Kazusa database), in the order T, C, A, G of each position; stops come at the end only.
@@ -135,12 +149,3 @@ def dna_document(rng: Random) -> str:
     body = rng.choice(_CODONS, int(rng.integers(150, 500)), p=usage / usage.sum())
     gene = "ATG" + "".join(body) + _one(rng, _STOPS)
     return _lines(gene if rng.random() < 0.7 else gene.lower(), int(_one(rng, (60, 70))))
-
-
-def slices(data: bytes, rng: Random, encode: Callable[[bytes, Random], str], n_bytes: tuple[int, int]) -> Iterator[str]:
-    """Texts of consecutive pieces of a file."""
-    start = 0
-    while start < len(data):
-        end = start + int(rng.integers(*n_bytes))
-        yield encode(data[start:end], rng)
-        start = end

@@ -7,16 +7,18 @@ literature; the docstrings say which.
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sae_lib.errors import StudyError
 from sae_lib.seeds import numpy_generator
+
+Numbers = np.ndarray | Real
 
 # --- reconstruction --------------------------------------------------------------------------------------------------
 
@@ -144,8 +146,7 @@ def mmcs(directions: Float[Tensor, "n d_in"], others: Float[Tensor, "m d_in"], c
     return torch.cat([(rows @ b.T).amax(1) for rows in a.split(chunk)]).double().mean().item()
 
 
-def pearson_from_sums(n: ArrayLike, x: ArrayLike, y: ArrayLike, xx: ArrayLike, yy: ArrayLike,
-                      xy: ArrayLike) -> np.ndarray | float:
+def pearson_from_sums(n: Numbers, x: Numbers, y: Numbers, xx: Numbers, yy: Numbers, xy: Numbers) -> Numbers:
     """Pearson correlation from the number of pairs and the sums of x, y, x^2, y^2 and xy; arrays broadcast.
 
     nan where either side does not vary.

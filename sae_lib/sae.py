@@ -119,18 +119,17 @@ class SAE(nn.Module):
 
         Raises StudyError if the folder holds none, or one that is damaged or of another kind.
         """
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise StudyError(f"{folder} holds no dictionary, for it lacks {name}; give the folder that an SAE was saved to.")
         try:
             cfg = json.loads((folder / CONFIG_FILE).read_text())
             metadata = cfg["metadata"]
             config = SAEConfig(cfg["d_in"], cfg["d_sae"], metadata.get("seed", 0), metadata.get("model_name", ""),
                                metadata.get("hook_name", ""), metadata.get("context_size", 0))
             weights = load_file(folder / WEIGHTS_FILE)
-        except FileNotFoundError as error:
-            raise StudyError(f"{folder} holds no dictionary, for it lacks {Path(error.filename).name}; give the folder "
-                             "that an SAE was saved to." if error.filename else
-                             f"{folder} holds no dictionary, for it lacks {WEIGHTS_FILE}; give the folder that an SAE "
-                             "was saved to.") from error
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            sae = cls(config)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise StudyError(f"The dictionary in {folder} is damaged ({type(error).__name__}); delete the folder and make "
                              "it again.") from error
         expected = {"architecture": cls.architecture, "apply_b_dec_to_input": True, "normalize_activations": "none",
@@ -139,7 +138,6 @@ class SAE(nn.Module):
             if cfg.get(key) != value:
                 raise StudyError(f"The dictionary in {folder} has {key} = {cfg.get(key)!r} where this class reads {value!r} "
                                  "only; convert it first.")
-        sae = cls(config)
         shapes = {name: tuple(value.shape) for name, value in sae.named_parameters()}
         found = {name: tuple(value.shape) for name, value in weights.items()}
         if shapes != found or not all(value.isfinite().all() for value in weights.values()):

@@ -10,15 +10,15 @@ from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lib.checkpoint import load_checkpoint, save_checkpoint
 from sae_lib.errors import StudyError
-from sae_lib.kernels import SPARSE_L0, LossGradient, Parameters, StepSums, adam_step, native_bfloat16
 from sae_lib.sae import SAE, SAEConfig, geometric_median
 from sae_lib.seeds import generator
+from sae_lib.step import SPARSE_L0, LossGradient, Parameters, StepSums, adam_step, native_bfloat16
 
 SCALE_SAMPLE = 16_384  # activations for the scale and the geometric median
 RESAMPLE_CHUNK = 65_536  # inputs whose loss is computed at once when resampling
@@ -122,10 +122,12 @@ def initial_state(source: ActivationSource, sae_config: SAEConfig) -> TrainState
     """A new dictionary, its pre-encoder bias at the geometric median of the scaled activations."""
     x = source.sample(SCALE_SAMPLE, "scale")
     if x.shape[1] != sae_config.d_in:
-        raise StudyError(f"The activations have width {x.shape[1]} and the dictionary reads {sae_config.d_in}; set d_in to match.")
+        raise StudyError(f"The activations have width {x.shape[1]} and the dictionary reads {sae_config.d_in}; set d_in to "
+                         "match.")
     norm = x.norm(dim=1).mean().item()
     if not norm > 0 or not math.isfinite(norm):
-        raise StudyError(f"The activations have mean norm {norm}, so there is nothing to train on; train the transformer again.")
+        raise StudyError(f"The activations have mean norm {norm}, so there is nothing to train on; train the transformer "
+                         "again.")
     scale = math.sqrt(sae_config.d_in) / norm
     sae = SAE(sae_config)
     p = Parameters(sae.W_enc.detach().T.contiguous(), sae.b_enc.detach(), sae.W_dec.detach(), geometric_median(x * scale))
@@ -134,7 +136,7 @@ def initial_state(source: ActivationSource, sae_config: SAEConfig) -> TrainState
 
 
 @torch.no_grad()
-def resample(state: TrainState, source: ActivationSource, config: TrainConfig, sae_config: SAEConfig) -> int:
+def resample(state: TrainState, source: ActivationSource, config: TrainConfig) -> int:
     """Give every dead feature a new direction; returns how many (Bricken et al., Neuron Resampling).
 
     An input is drawn for each with probability proportional to its loss squared, out of `resample_inputs`. Its direction
@@ -145,13 +147,20 @@ def resample(state: TrainState, source: ActivationSource, config: TrainConfig, s
     n_dead = int(dead.sum())
     if not n_dead:
         return 0
-    rng = generator(config.seed, "resample", state.step)
-    l1_coefficient = l1_at(config, state.step - 1)
-    picked, total, p = torch.zeros(n_dead, sae_config.d_in), 0.0, state.p
+    rng, p, l1_coefficient = generator(config.seed, "resample", state.step), state.p, l1_at(config, state.step - 1)
+    W_enc, W_dec = p.W_enc_T.T.to(config.dtype), p.W_dec.to(config.dtype)
+
+    def losses(x: Tensor) -> Tensor:
+        centred = x - p.b_dec
+        features = torch.mm(centred.to(config.dtype), W_enc).add_(p.b_enc).relu_()
+        error = torch.mm(features, W_dec).float().sub_(centred)
+        return error.square().sum(1) + l1_coefficient * features.sum(1, dtype=torch.float32)
+
+    picked, total = torch.zeros(n_dead, p.W_dec.shape[1]), 0.0
     for i, start in enumerate(range(0, config.resample_inputs, RESAMPLE_CHUNK)):
         n = min(RESAMPLE_CHUNK, config.resample_inputs - start)
         x = source.sample(n, f"resample-{i}", state.step) * state.scale
-        weight = torch.cat([_losses(p, rows, l1_coefficient) for rows in x.split(1024)]).double().square()
+        weight = torch.cat([losses(rows) for rows in x.split(1024)]).double().square()
         # Drawing chunk by chunk: a later chunk takes over a draw with its share of all the weight so far.
         total += weight.sum().item()
         replaced = torch.rand(n_dead, generator=rng, dtype=torch.float64) * total < weight.sum()
@@ -165,11 +174,6 @@ def resample(state: TrainState, source: ActivationSource, config: TrainConfig, s
         moments.W_dec[dead], moments.W_enc_T[dead], moments.b_enc[dead] = 0.0, 0.0, 0.0
     state.age[dead], state.last_fired[dead] = 0, state.step
     return n_dead
-
-
-def _losses(p: Parameters, x: Float[Tensor, "batch d_in"], l1_coefficient: float) -> Float[Tensor, " batch"]:
-    features = torch.relu((x - p.b_dec) @ p.W_enc_T.T + p.b_enc)
-    return (features @ p.W_dec + p.b_dec - x).square().sum(1) + l1_coefficient * features.sum(1)
 
 
 def train_sae(source: ActivationSource, sae_config: SAEConfig, config: TrainConfig, checkpoint: Path | None = None,
@@ -194,7 +198,8 @@ def train_sae(source: ActivationSource, sae_config: SAEConfig, config: TrainConf
     while state.step < end:
         x = next(batches)
         if len(x) != config.batch_size:
-            raise StudyError(f"A batch has {len(x)} rows instead of {config.batch_size}; give stream and training one batch size.")
+            raise StudyError(f"A batch has {len(x)} rows instead of {config.batch_size}; give the activations and the "
+                             "training one batch size.")
         lr, l1_coefficient = learning_rate(config, state.step), l1_at(config, state.step)
         # Deterministic, since it depends on counts alone; the margin is for rows that have more than most.
         sums = gradient.add(x, l1_coefficient, state.scale, sparse=state.l0 < 0.75 * SPARSE_L0)
@@ -204,7 +209,7 @@ def train_sae(source: ActivationSource, sae_config: SAEConfig, config: TrainConf
         if not (finite and math.isfinite(sums.squared_error + sums.l1)):
             raise StudyError(_not_finite(state.step, config, checkpoint))
         _count(state, sums, len(x))
-        resampled = resample(state, source, config, sae_config) if state.step in resample_steps else 0
+        resampled = resample(state, source, config) if state.step in resample_steps else 0
         bar.update()
         if state.step % config.log_every == 0 or state.step == config.n_steps or resampled:
             _log(state, config, l1_coefficient, lr, resampled, time.monotonic() - began)

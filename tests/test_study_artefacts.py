@@ -131,7 +131,7 @@ def test_load_never_makes(store):
 
 def test_promote_replaces_and_refuses_what_is_not_there(store):
     promoted(store)
-    store.stage("sae", Config(), Maker("newer"))
+    store_like(store, "train").stage("sae", Config(), Maker("newer"))
     folder = store.promote("sae")
     assert (folder / "part" / "weights.txt").read_text() == "newer"
     assert [path.name for path in store.reference.iterdir()] == ["sae"]

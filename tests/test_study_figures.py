@@ -30,7 +30,8 @@ def test_files_and_index(folder):
     figures.show(line(), "03-two-lines", **TEXTS)
     assert {path.name for path in folder.iterdir()} == {"03-two-lines.json", "03-two-lines.html", "index.json", "plotly.min.js"}
     entry = figures.read_index(folder)["03-two-lines"]
-    assert entry == {"name": "03-two-lines", "notebook": "03", "n_traces": 2, "sha256": paths.sha256(folder / "03-two-lines.json")} | TEXTS
+    sha256 = paths.sha256(folder / "03-two-lines.json")
+    assert entry == {"name": "03-two-lines", "notebook": "03", "n_traces": 2, "sha256": sha256} | TEXTS
 
 
 def test_page_needs_no_network_and_carries_the_text(folder):

@@ -7,6 +7,7 @@ import importlib
 
 _HOMES = {
     "begin": "pipeline",
+    "machine_check": "pipeline",
     "show": "figures",
     "style": "figures",
 }

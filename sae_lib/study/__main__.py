@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="render the figures to PNG")
     export.add_argument("folder", nargs="?", help="default: figures/")
-    export.add_argument("--timeout", type=float, default=300, metavar="SECONDS")
+    export.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS")
     export.set_defaults(action=_export)
 
     reference = commands.add_parser("reference", help="copy artefacts of the last workshop run to data/reference/")

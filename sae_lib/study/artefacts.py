@@ -101,7 +101,7 @@ class Store:
 
     def promote(self, name: str, key: str | None = None) -> Path:
         """Copy an artefact (the newest, or the one with `key`) to data/reference, to be committed; returns the new folder."""
-        folders = [folder for folder in (self.root / "artefacts" / name).glob(key or "*") if (folder / MANIFEST).exists()]
+        folders = [folder for folder in (self.root / "artefacts" / name).glob(key or "[!.]*") if (folder / MANIFEST).exists()]
         if not folders:
             raise StudyError(f"There is no artefact {name}{f'@{key}' if key else ''} to promote: make it with `{self.command}`.")
         source = max(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime)

@@ -43,7 +43,7 @@ def find_browser() -> str | None:
     return next((found for name in _BROWSERS if (found := shutil.which(name))), None)
 
 
-def export(folder: Path, timeout: float = 300, start_timeout: float = 15) -> str:
+def export(folder: Path, timeout: float = 300.0, start_timeout: float = 15.0) -> str:
     """Render every figures/*.json whose PNG is missing or of other data; one line that says what was done or why not.
 
     Never raises for a missing, broken or hanging browser: the figures are complete without PNGs.
@@ -53,7 +53,7 @@ def export(folder: Path, timeout: float = 300, start_timeout: float = 15) -> str
         return "PNG export: all up to date"
     why = _no_renderer(start_timeout)
     if why is None:
-        status = run_limited([sys.executable, "-m", "sae_lib.study.export", str(folder)], timeout)
+        status = run_limited([sys.executable, "-P", "-m", "sae_lib.study.export", str(folder)], timeout)
         left = outdated(folder)
         if not left:
             return f"PNG export: {len(pending)} rendered"

@@ -1,10 +1,10 @@
 """What the notebooks ask for: each slow product of the study by its name, loaded if it exists, else made."""
 
-import os
 import platform
+import shutil
+import sys
 from dataclasses import asdict, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,9 @@ from sae_lib.evaluate import Text, best_detectors, count_won
 from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums
 from sae_lib.pretrain import train_transformer
 from sae_lib.sae import SAE, SAEConfig
+from sae_lib.study import environment, paths
 from sae_lib.study.artefacts import Artefact, Store
+from sae_lib.study.export import find_browser
 from sae_lib.study.profiles import PROFILES
 from sae_lib.study.scorecard import Scorecard
 from sae_lib.tokens import TokenData
@@ -46,6 +48,7 @@ class Study:
         if profile not in PROFILES:
             raise StudyError(f"There is no profile '{profile}'; choose one of {', '.join(PROFILES)}.")
         self.profile = PROFILES[profile]
+        paths.use_profile(profile)
 
         if corpus:
             self.profile = replace(self.profile, corpus=replace(self.profile.corpus, source=corpus))
@@ -75,7 +78,7 @@ class Study:
     def _tokens(self) -> Artefact:
         def make(out: Path, _: Path) -> None:
             tokenizer = Tokenizer.from_file(str(self._tokenizer.path / "tokenizer.json"))
-            tokens_module.tokenise(self._documents, tokenizer, self.profile.tokens, out)
+            tokens_module.tokenise(self._documents, tokenizer, self.profile.tokens, out, corpus_module.budgets(self.profile.corpus))
             del self.__dict__["_documents"]  # 100 MB of text that nothing needs any more
 
         return self.store.stage("tokens", {"corpus": asdict(self.profile.corpus), "tokens": asdict(self.profile.tokens)}, make,
@@ -183,17 +186,28 @@ class Study:
         return table, count_won(found["feature"], found["neuron"], 0.3, **draws)
 
 
-def machine() -> dict[str, str]:
-    """What a run's speed and numbers depend on: versions, cores, memory, precision."""
-    packages = {name: version(name) for name in ("torch", "transformer-lens", "plotly", "papermill", "pandas")}
-    return {"python": platform.python_version(), **packages, "cores": str(os.cpu_count()),
-            "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB", "GPU": "yes" if torch.cuda.is_available() else "no",
-            "precision": str(low_precision()).removeprefix("torch.")}
+def _check(name: str, found: str, fine: bool, advice: str) -> tuple[str, str, str]:
+    return name, found, "ok" if fine else advice
+
+
+def machine_check() -> list[tuple[str, str, str]]:
+    """What the study needs of a machine, what this one has, and what to do where that is too little."""
+    memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(paths.data().parent).free / 2**30
+    return [
+        _check("Python", platform.python_version(), sys.version_info >= (3, 11), "use Python 3.11 or newer"),
+        _check("cores", str(environment.cpus()), environment.cpus() >= 2, "training will take twice as long"),
+        _check("memory", f"{memory:.1f} GiB", memory >= 7, "close other programs or use the smoke profile"),
+        _check("free disk", f"{disk:.1f} GiB", disk >= 2, "free 2 GiB"),
+        _check("low-precision products", str(low_precision()).removeprefix("torch."), low_precision() != torch.float32,
+               "this processor has none: training will take longer"),
+        _check("GPU", "yes" if torch.cuda.is_available() else "no", True, ""),
+        _check("browser for PNG files", str(find_browser() or "none"), True, ""),
+    ]
 
 
 def begin(profile: str, seed: int, artefacts: str, corpus: str) -> Study:
     """Start a notebook: check its parameters and print what it runs on."""
-    study, facts = Study(profile, seed, artefacts, corpus), machine()
+    study, versions = Study(profile, seed, artefacts, corpus), environment.versions()
     print(f"profile {profile} · seed {seed} · artefacts {artefacts} · corpus {study.profile.corpus.source}")
-    print(" · ".join(f"{name} {value}" for name, value in facts.items()))
+    print(" · ".join(f"{name} {number}" for name, number in versions.items()), f"· {environment.cpus()} cores")
     return study

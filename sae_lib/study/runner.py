@@ -125,7 +125,7 @@ class Run:
         final, failed, log = (self.folder / f"{job.name}{ending}" for ending in (".ipynb", ".failed.ipynb", ".log"))
         with open(log, "wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "sae_lib.study.execute", str(work / "job.json")],
+                [sys.executable, "-P", "-m", "sae_lib.study.execute", str(work / "job.json")],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
                 env=self._environment(receipts),
             )

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sae_lib import kernels
-from sae_lib.kernels import LossGradient, Parameters, adam_step
+from sae_lib import step
+from sae_lib.step import LossGradient, Parameters, adam_step
 
 D_IN, D_SAE, BATCH, L1, SCALE = 33, 203, 2400, 0.7, 1.7  # nothing a multiple of anything; more than one group
 
@@ -62,15 +62,17 @@ def test_gradients_add_up_over_batches_and_accept_bfloat16_rows():
         torch.testing.assert_close(getattr(parts.grads, name), getattr(whole.grads, name), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sparse_result_does_not_depend_on_the_number_of_threads(dtype):
+def test_result_does_not_depend_on_the_number_of_threads(monkeypatch, dtype, sparse):
+    monkeypatch.setattr("sae_lib.kernels.SMALLEST_SHARE", 100)  # so that threads have something to share
     x, p = random_problem()
     threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             gradient = LossGradient(p, dtype)
-            gradient.add(x, L1, SCALE, sparse=True)
+            gradient.add(x, L1, SCALE, sparse)
             found.append(gradient.grads)
             assert torch.get_num_threads() == n
     finally:
@@ -81,7 +83,7 @@ def test_sparse_result_does_not_depend_on_the_number_of_threads(dtype):
 
 def test_too_many_active_features_are_done_densely(monkeypatch):
     x, p = random_problem(l0=60)
-    monkeypatch.setattr(kernels, "SPARSE_L0", 30)
+    monkeypatch.setattr(step, "SPARSE_L0", 30)
     dense, fallen_back = LossGradient(p, torch.float32), LossGradient(p, torch.float32)
     expected = dense.add(x, L1, SCALE)
     found = fallen_back.add(x, L1, SCALE, sparse=True)
@@ -95,12 +97,12 @@ def test_adam_equals_torch_on_weights_without_a_norm():
     theirs = [t.clone().requires_grad_() for t in (p.W_enc_T, p.b_enc, p.b_dec)]
     optimizer = torch.optim.Adam(theirs, lr=0.01, betas=(0.8, 0.95))
     m, v, rng = p.zeros(), p.zeros(), torch.Generator().manual_seed(5)
-    for step in range(1, 6):
+    for n in range(1, 6):
         grads = Parameters(*(torch.randn(t.shape, generator=rng) for t in p))
         for ours, g in zip(theirs, (grads.W_enc_T, grads.b_enc, grads.b_dec), strict=True):
             ours.grad = g / 4
         optimizer.step()
-        assert adam_step(p, grads, m, v, torch.full((D_SAE,), step), step, 0.25, 0.01, (0.8, 0.95))
+        assert adam_step(p, grads, m, v, torch.full((D_SAE,), n), n, 0.25, 0.01, (0.8, 0.95))
         assert not any(g.any() for g in grads)
     for ours, other in zip((p.W_enc_T, p.b_enc, p.b_dec), theirs, strict=True):
         torch.testing.assert_close(ours, other.detach(), rtol=1e-5, atol=1e-6)
