@@ -55,11 +55,11 @@ class File(NamedTuple):
     content: str
 
     def read(self) -> str:
-        """Its text, or "" where it is not UTF-8."""
+        """Its text, or "" where it is not UTF-8 or was removed after the installation."""
         try:
             with (gzip.open if self.path.endswith(".gz") else open)(self.path, "rt", encoding="utf-8", newline=None) as file:
                 return file.read()
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, FileNotFoundError):
             return ""
 
 

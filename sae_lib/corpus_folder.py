@@ -80,37 +80,46 @@ def _cut(text: str) -> Iterator[str]:
     yield text
 
 
+def _domain_documents(domain: str, folder: Path, files: list[Path], unreadable: list[str]) -> Iterator[Document]:
+    """Documents of one domain; names of files that are not text are put into `unreadable`."""
+    for path in files:
+        try:
+            for text, source in _texts(path, path.relative_to(folder).as_posix()):
+                yield from (Document(domain, piece, source) for piece in _cut(text) if piece.strip())
+        except (UnicodeDecodeError, OSError):
+            unreadable.append(path.name)
+
+
 def folder_documents(folder: Path, target_tokens: int, seed: int) -> Iterator[Document]:
     """The documents of a folder: its top-level folders are the domains; files beside them have the folder's own name as domain.
 
     `.txt` and `.md` files are cut into documents of 20,000 characters that share the file as source; a line of `.jsonl` (field
     "text") and a row of `.parquet` (column "text") is a document of its own. Records without text are skipped, and so, with a
-    warning, are files that are not UTF-8 text. Files are read in an order that depends on seed and name, until the text is
-    certainly enough for `target_tokens`.
+    warning, are files that are not UTF-8 text. Domains are read in equal parts as far as each has text, their files in an order
+    that depends on seed and name, until the text is certainly enough for `target_tokens`.
 
     Raises StudyError if the folder is missing, has no files or no readable text, or if a .jsonl or .parquet file is broken.
     """
-    order = {path: hashlib.sha256(f"{seed}/{path.relative_to(folder)}".encode()).digest() for path in _files(folder)}
-    unreadable, left = [], CHARS_PER_TOKEN * target_tokens
-    begun = False
-    for path in sorted(order, key=order.__getitem__):
+    files: dict[str, list[Path]] = {}
+    for path in sorted(_files(folder), key=lambda path: hashlib.sha256(f"{seed}/{path.relative_to(folder)}".encode()).digest()):
         inner = path.relative_to(folder)
-        domain = inner.parts[0] if len(inner.parts) > 1 else folder.resolve().name
-        try:
-            for text, source in _texts(path, inner.as_posix()):
-                for piece in _cut(text):
-                    if piece.strip() and left > 0:
-                        begun, left = True, left - len(piece)
-                        yield Document(domain, piece, source)
-        except (UnicodeDecodeError, OSError):
-            unreadable.append(path.name)
-        if left <= 0:
-            break
+        files.setdefault(inner.parts[0] if len(inner.parts) > 1 else folder.resolve().name, []).append(path)
+    unreadable: list[str] = []
+    open_domains = {domain: _domain_documents(domain, folder, paths, unreadable) for domain, paths in sorted(files.items())}
+    chars = dict.fromkeys(open_domains, 0)
+    while open_domains and sum(chars.values()) < CHARS_PER_TOKEN * target_tokens:
+        domain = min(open_domains, key=chars.__getitem__)
+        document = next(open_domains[domain], None)
+        if document is None:
+            del open_domains[domain]
+        else:
+            chars[domain] += len(document.text)
+            yield document
     if unreadable:
-        warnings.warn(f"skipped {len(unreadable)} files of {folder} that are not UTF-8 text: {', '.join(unreadable[:5])}")
-    if not begun:
-        raise StudyError(f"none of the {len(order)} files in {folder} holds readable text ({len(unreadable)} are not UTF-8): "
-                         "put text there, one folder per domain")
+        warnings.warn(f"skipped {len(unreadable)} files of {folder} that are not UTF-8 text: {', '.join(sorted(unreadable)[:5])}")
+    if not any(chars.values()):
+        raise StudyError(f"none of the {sum(map(len, files.values()))} files in {folder} holds readable text "
+                         f"({len(unreadable)} are not UTF-8): put text there, one folder per domain")
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -125,9 +125,9 @@ def hex_document(data: bytes, rng: Random) -> str:
 
 
 def encoded_documents(data: bytes, rng: Random, encode: Callable[[bytes, Random], str]) -> Iterator[str]:
-    """Up to four pieces of a binary file as text; not its head, where formats keep names and zeros."""
+    """Up to two pieces of a binary file as text; not its head, where formats keep names and zeros."""
     start = 512
-    for _ in range(4):
+    for _ in range(2):
         end = start + int(rng.integers(300, 1000))
         if end > len(data):
             break

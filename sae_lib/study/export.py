@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sae_lib.errors import StudyError
 from sae_lib.study import paths
-from sae_lib.study.processes import run_limited
+from sae_lib.study.processes import module, run_limited
 
 SCALE = 1.5
 # The programs themselves before the wrapper scripts of the same name: a signal to a wrapper does not reach the browser.
@@ -53,7 +53,7 @@ def export(folder: Path, timeout: float = 300.0, start_timeout: float = 15.0) ->
         return "PNG export: all up to date"
     why = _no_renderer(start_timeout)
     if why is None:
-        status = run_limited([sys.executable, "-P", "-m", "sae_lib.study.export", str(folder)], timeout)
+        status = run_limited(module("export", str(folder)), timeout)
         left = outdated(folder)
         if not left:
             return f"PNG export: {len(pending)} rendered"

@@ -106,9 +106,7 @@ def own_ingredients(job: Job, figures: Path) -> dict[str, Any]:
     parameters = {name: value for name, value in job.parameters.items() if name != "ARTEFACTS"}
     parts: dict[str, Any] = {"code": paths.digest(code), "parameters": parameters}
     if notebooks.reads_scorecard(job.notebook):
-        # Rows of later notebooks are left out: they change after this one has run, in every first run.
-        rows = _row_hashes(figures)
-        parts["scorecard"] = {id: row for id, row in rows.items() if id[:2] < job.name[:2]}
+        parts["scorecard"] = {id: row for id, row in _row_hashes(figures).items() if id[:2] != job.name[:2]}
     return parts
 
 
@@ -161,7 +159,9 @@ def _selected(options: Options) -> list[Path]:
     last = _resolve(options.last, names) if options.last else names[-1]
     if first > last:
         raise UsageError(f"No notebook lies from {options.first} to {options.last}: give --from the smaller number.")
-    return [found[name] for name in names if first <= name <= last]
+    chosen = [name for name in names if first <= name <= last]
+    # The entrance tells what all the others found, so it is run last.
+    return [found[name] for name in sorted(chosen, key=lambda name: (name.startswith("00"), name))]
 
 
 def _resolve(wanted: str, names: list[str]) -> str:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_lib.errors import StudyError
-from sae_lib.study import environment, notebooks, paths, plan
+from sae_lib.study import environment, notebooks, paths, plan, processes
 from sae_lib.study.artefacts import duration
 from sae_lib.study.plan import Job, Options
-from sae_lib.study.processes import kill_tree, memory
 
 # Seconds one cell may take; a training from nothing is one cell. The paper's sizes take days.
 CELL_TIMEOUT = {"smoke": 1200, "workshop": 4 * 3600}
@@ -125,14 +124,14 @@ class Run:
         final, failed, log = (self.folder / f"{job.name}{ending}" for ending in (".ipynb", ".failed.ipynb", ".log"))
         with open(log, "wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sae_lib.study.execute", str(work / "job.json")],
+                processes.module("execute", str(work / "job.json")),
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
                 env=self._environment(receipts),
             )
             try:
                 self._watch(process, receipts, meter)
             finally:
-                kill_tree(process.pid)
+                processes.kill_tree(process.pid)
                 process.wait()
         outcome = paths.read_json(result) if process.returncode == 0 else None
         made = paths.receipts(receipts)
@@ -169,7 +168,7 @@ class Run:
             told = len(news)
             if ended:
                 return
-            meter["peak"] = max(meter["peak"], memory(process.pid))
+            meter["peak"] = max(meter["peak"], processes.memory(process.pid))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.2)
 
@@ -211,9 +210,7 @@ class Run:
         }
         if not self.corpus.source.startswith("hf:"):
             fixed |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        # The checkout that runs is the one that is imported, whatever else is installed.
-        fixed["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.project()), os.environ.get("PYTHONPATH")]))
-        return {"OMP_NUM_THREADS": str(environment.cpus())} | os.environ | fixed
+        return {"OMP_NUM_THREADS": str(environment.cpus())} | processes.environment() | fixed
 
     def _warn_stale(self) -> None:
         stale = {path.stem for path in notebooks.build(check=True)}
