@@ -66,7 +66,7 @@ class File(NamedTuple):
 class Part(NamedTuple):
     """One domain of the recipe.
 
-    `share`: fraction of the corpus's tokens, an upper bound. `chars_per_token`: as measured with a vocabulary of 4,096. `read`:
+    `share`: fraction of the corpus's tokens, an upper bound. `chars_per_token`: at most, with a vocabulary of 4,096. `read`:
     given the domain's files, yields (text, source). `special`: whether it is one of the rare contexts that the study looks for.
     """
 
@@ -190,27 +190,27 @@ _LOCALES = {
 RECIPE = (
     #    domain          share  chars/token  files (patterns of names; "-": not these)                              read by
     Part("python",       0.430, 3.3, _PYTHON, _whole),
-    Part("python_tests", 0.150, 2.8, _TESTS, _whole),
-    Part("docstrings",   0.085, 3.6, _PYTHON, _docstrings),
-    Part("c",            0.140, 3.1, "*.h *.hpp *.cuh *.c *.cpp *.cc", _whole),
-    Part("type_stubs",   0.060, 3.2, "*.pyi", _whole),
-    Part("licences",     0.003, 3.5, "*LICEN[CS]E* *COPYING* *NOTICE* *AUTHORS*", _whole),
-    Part("markdown",     0.010, 3.0, "*.md *.rst *.dist-info/METADATA", _whole),
+    Part("python_tests", 0.150, 2.7, _TESTS, _whole),
+    Part("docstrings",   0.085, 3.0, _PYTHON, _docstrings),
+    Part("c",            0.140, 2.8, "*.h *.hpp *.cuh *.c *.cpp *.cc", _whole),
+    Part("type_stubs",   0.060, 2.7, "*.pyi", _whole),
+    Part("licences",     0.003, 2.5, "*LICEN[CS]E* *COPYING* *NOTICE* *AUTHORS*", _whole),
+    Part("markdown",     0.010, 2.6, "*.md *.rst *.dist-info/METADATA", _whole),
     Part("javascript",   0.012, 3.0, "*.js *.js.map", _source_maps),
-    Part("cython",       0.010, 3.0, "*.pyx *.pxd *.pxi", _whole),
-    Part("json",         0.008, 2.5, "*.json *.ipynb", _whole),
+    Part("cython",       0.010, 3.4, "*.pyx *.pxd *.pxi", _whole),
+    Part("json",         0.008, 2.8, "*.json *.ipynb", _whole),
     #    special contexts
-    *(Part(domain, 0.0022, 1.2, locale, _locale, special=True) for domain, locale in _LOCALES.items()),
-    Part("base64",       0.0025, 1.5, _BINARY, _encoded, special=True),
+    *(Part(domain, 0.0022, 1.7, locale, _locale, special=True) for domain, locale in _LOCALES.items()),
+    Part("base64",       0.0025, 1.1, _BINARY, _encoded, special=True),
     Part("hex",          0.0013, 1.1, _BINARY, _encoded, special=True),
-    Part("dna",          0.0013, 1.7, "", _dna, special=True),
-    Part("latex",        0.0012, 2.2, _PYTHON, _latex, special=True),
-    Part("records",      0.0022, 1.9, "*.dist-info/RECORD", _records, special=True),
-    Part("svg",          0.0022, 1.5, "*.svg", _pieces, special=True),
-    Part("csv",          0.0022, 1.4, "plotly/*.csv.gz", _pieces, special=True),
-    Part("yaml",         0.0022, 2.6, "*.yaml *.yml", _pieces, special=True),
+    Part("dna",          0.0013, 1.6, "", _dna, special=True),
+    Part("latex",        0.0012, 1.8, _PYTHON, _latex, special=True),
+    Part("records",      0.0022, 1.4, "*.dist-info/RECORD", _records, special=True),
+    Part("svg",          0.0022, 1.1, "*.svg", _pieces, special=True),
+    Part("csv",          0.0022, 1.1, "plotly/*.csv.gz", _pieces, special=True),
+    Part("yaml",         0.0022, 3.0, "*.yaml *.yml", _pieces, special=True),
     Part("protobuf",     0.0022, 3.0, "*.proto", _whole, special=True),
-    Part("cmake",        0.0022, 2.8, "*.cmake *CMakeLists.txt", _pieces, special=True),
+    Part("cmake",        0.0022, 2.5, "*.cmake *CMakeLists.txt", _pieces, special=True),
     Part("css",          0.0015, 2.4, "*.css *.css.map", _source_maps, special=True),
     Part("yarn_lock",    0.0022, 1.6, "*.lock", _pieces, special=True),
 )

@@ -289,7 +289,7 @@ def test_shared_corpora(tmp_path):
     path = Path(os.environ.get("SAE_LIB_CORPORA", ROOT.parent / "shared" / "corpora"))
     if not path.is_dir():
         pytest.skip("no folder of corpora")
-    found = [document for document in documents(folder(path))]
+    found = list(documents(CorpusConfig(f"files:{path}", target_tokens=200_000)))
     assert {"arabic", "dna", "english", "hebrew"} <= {document.domain for document in found}
     config = TokenConfig(1024, 64)
     tokenise(found, train_tokenizer(found, config), config, tmp_path)

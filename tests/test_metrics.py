@@ -15,6 +15,7 @@ from sae_lib.metrics import (
     loss_recovered,
     mmcs,
     pearson_from_sums,
+    share_interval,
 )
 
 N, D = 20_000, 64
@@ -168,3 +169,9 @@ def test_bootstrap_depends_on_its_seed_alone_and_needs_documents():
     assert bootstrap_interval(sums, ratio, seed=1) != bootstrap_interval(sums, ratio, seed=2)
     with pytest.raises(StudyError, match="two documents"):
         bootstrap_interval(sums[:1], ratio)
+
+
+def test_share_interval_by_hand():
+    # Wilson's interval for 10 of 100, as tabulated; and for none of 100, whose lower end is 0.
+    assert share_interval(10, 100) == pytest.approx((0.1, 0.05523, 0.17437), abs=1e-4)
+    assert share_interval(0, 100) == pytest.approx((0.0, 0.0, 0.03699), abs=1e-4)

@@ -158,8 +158,9 @@ for name, model in (("transformer A", twins["A"].model), ("random control", cont
 
 # %%
 names = run.special_contexts
-validation, labels = run.held_out("validation"), [run.tokens.domains.index(name) for name in names]
-best = best_detectors(twins["A"].model, None, validation, test, labels)
+labels = [run.tokens.domains.index(name) for name in names]
+validation, everything = (run.held_out(split, whole=True) for split in ("validation", "test"))
+best = best_detectors(twins["A"].model, None, validation, everything, labels)
 detectors = pd.DataFrame({"context": names, "unit": best.unit, "pearson": best.pearson()}).sort_values("pearson")
 detectors.tail(8)
 

@@ -52,6 +52,7 @@ class Store:
         self.root = root or paths.data()
         self.reference = (root or paths.root() / "data") / "reference"
         self.mode, self.log, self.command = mode, log, command
+        self._told: set[str] = set()  # each artefact is announced once, however often it is asked for
 
     def stage(
         self,
@@ -95,8 +96,10 @@ class Store:
         line = describe(found)
         if found.source == "reference" and found.key != key:
             line += "; it was made from another environment's text, so numbers may differ slightly"
-        self.log(line)
-        paths.receipt("artefact", name=name, key=found.key, source=found.source, line=line)
+        if found.key not in self._told:
+            self._told.add(found.key)
+            self.log(line)
+            paths.receipt("artefact", name=name, key=found.key, source=found.source, line=line)
         return found
 
     def promote(self, name: str, key: str | None = None) -> Path:

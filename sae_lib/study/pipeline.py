@@ -1,5 +1,6 @@
 """What the notebooks ask for: each slow product of the study by its name, loaded if it exists, else made."""
 
+import json
 import platform
 import shutil
 import sys
@@ -19,7 +20,7 @@ from sae_lib import corpus as corpus_module
 from sae_lib import tokens as tokens_module
 from sae_lib.activations import ActivationStream
 from sae_lib.errors import StudyError
-from sae_lib.evaluate import Text, best_detectors, count_won
+from sae_lib.evaluate import Text, best_detectors, count_won, held_out_pass
 from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums
 from sae_lib.pretrain import train_transformer
 from sae_lib.sae import SAE, SAEConfig
@@ -29,8 +30,10 @@ from sae_lib.study.export import find_browser
 from sae_lib.study.profiles import PROFILES
 from sae_lib.study.scorecard import Scorecard
 from sae_lib.tokens import TokenData
-from sae_lib.train import TrainConfig, train_sae
+from sae_lib.train import train_sae
 from sae_lib.transformer import Transformer, TransformerConfig, load_transformer, low_precision, save_transformer, shuffle_weights
+
+SWEEP_CONTEXTS = 384  # held-out contexts on which the short trainings are compared
 
 
 class Trained(NamedTuple):
@@ -54,6 +57,7 @@ class Study:
             self.profile = replace(self.profile, corpus=replace(self.profile.corpus, source=corpus))
         self.seed = seed
         self.store = Store(mode=artefacts)
+        self._transformers: dict[str, Trained] = {}
         self.scorecard = Scorecard(profile=profile, corpus=self.profile.corpus.source, seed=seed)
 
     # --- text ---------------------------------------------------------------------------------------------------------
@@ -78,7 +82,8 @@ class Study:
     def _tokens(self) -> Artefact:
         def make(out: Path, _: Path) -> None:
             tokenizer = Tokenizer.from_file(str(self._tokenizer.path / "tokenizer.json"))
-            tokens_module.tokenise(self._documents, tokenizer, self.profile.tokens, out, corpus_module.budgets(self.profile.corpus))
+            budgets = corpus_module.budgets(self.profile.corpus)
+            tokens_module.tokenise(self._documents, tokenizer, self.profile.tokens, out, budgets)
             del self.__dict__["_documents"]  # 100 MB of text that nothing needs any more
 
         return self.store.stage("tokens", {"corpus": asdict(self.profile.corpus), "tokens": asdict(self.profile.tokens)}, make,
@@ -99,10 +104,11 @@ class Study:
         found = [name for name in self.tokens.domains if name in corpus_module.SPECIAL_CONTEXTS]
         return found or list(self.tokens.domains)
 
-    def held_out(self, split: str = "test") -> Text:
-        """Held-out text: contexts spread evenly over the split, as many as the profile evaluates."""
+    def held_out(self, split: str = "test", whole: bool = False) -> Text:
+        """Held-out text: contexts spread evenly over the split, as many as the profile evaluates, or all of them."""
         contexts = self.contexts(split)
-        chosen = torch.linspace(0, len(contexts) - 1, min(len(contexts), self.profile.held_out_contexts)).long().unique()
+        wanted = len(contexts) if whole else min(len(contexts), self.profile.held_out_contexts)
+        chosen = torch.linspace(0, len(contexts) - 1, wanted).long().unique()
 
         def per_token(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values[:contexts.numel()].astype(np.int64)).view_as(contexts)[chosen]
@@ -118,6 +124,11 @@ class Study:
         """Transformer "A", its twin "B" from another seed, or the control "random": A with each matrix's entries shuffled."""
         if which not in ("A", "B", "random"):
             raise StudyError(f"There is no transformer '{which}'; ask for A, B or random.")
+        if which not in self._transformers:
+            self._transformers[which] = self._stage_transformer(which)
+        return self._transformers[which]
+
+    def _stage_transformer(self, which: str) -> Trained:
         config = self._transformer_config(which)
 
         def make(out: Path, checkpoint: Path) -> None:
@@ -142,30 +153,48 @@ class Study:
             config = replace(config, batch_size=batch_size)
         return ActivationStream(self.transformer(which).model, self.contexts("train"), config)
 
-    def dictionary(self, on: str = "A", *, expansion: int | None = None, train: TrainConfig | None = None) -> Trained:
-        """The dictionary of `expansion` features a neuron (the profile's if None), trained on a transformer's activations."""
-        train = replace(train or self.profile.dictionary, seed=self.seed)
-        expansion = expansion or self.profile.expansion
-        d_in = self.profile.transformer.d_mlp
-        config = SAEConfig(d_in=d_in, d_sae=expansion * d_in, seed=self.seed)
+    def _sae_config(self, on: str) -> SAEConfig:
+        transformer = self.profile.transformer
+        return SAEConfig(d_in=transformer.d_mlp, d_sae=self.profile.d_sae, seed=self.seed, model_name=f"transformer_{on}",
+                         hook_name=transformer.hook_name, context_size=transformer.n_ctx)
+
+    def dictionary(self, on: str = "A") -> Trained:
+        """The main dictionary, trained on a transformer's activations."""
+        config, train = self._sae_config(on), replace(self.profile.dictionary, seed=self.seed)
         transformer = self.transformer(on)
-        everything = {"sae": asdict(config), "train": asdict(train), "stream": asdict(self.profile.stream), "on": on}
 
         def make(out: Path, checkpoint: Path) -> None:
             sae, log = train_sae(self.stream(on, train.batch_size), config, train, checkpoint / "dictionary.safetensors")
-            sae.save(out, metadata={"hook_name": self.profile.transformer.hook_name, "model_name": f"sae_lib/transformer_{on}",
-                                    "context_size": self.profile.transformer.n_ctx, "dataset_path": self.profile.corpus.source,
-                                    "prepend_bos": False})
+            sae.metadata["dataset_path"] = self.profile.corpus.source
+            sae.save(out)
             log.to_json(out / "log.json", orient="records")
 
-        main = train == replace(self.profile.dictionary, seed=self.seed)
-        artefact = self.store.stage(f"sae_{expansion}x_{on}" + ("" if main else f"_l1_{train.l1_coefficient:g}_{train.n_activations}"),
-                                    everything, make, inputs=[transformer.artefact, self._tokens])
+        everything = {"sae": asdict(config), "train": asdict(train), "stream": asdict(self.profile.stream)}
+        artefact = self.store.stage(f"sae_{self.profile.expansion}x_{on}", everything, make,
+                                    inputs=[transformer.artefact, self._tokens])
         return Trained(SAE.load(artefact.path), pd.read_json(artefact.path / "log.json", orient="records"), artefact)
 
-    def short_dictionary(self, l1_coefficient: float) -> SAE:
-        """A dictionary of the main one's size, trained briefly: for comparing L1 coefficients at equal budget."""
-        return self.dictionary("A", train=replace(self.profile.sweep, l1_coefficient=l1_coefficient)).model
+    def sparsity_sweep(self) -> pd.DataFrame:
+        """Short trainings that differ in the L1 coefficient alone: columns l1, l0, loss recovered (value, low, high), explained
+        variance, dead (share of features never active on the text evaluated)."""
+        config, text, model = self._sae_config("A"), self.held_out("test").first(SWEEP_CONTEXTS), self.transformer("A")
+        draws = {"seed": self.seed, "n_boot": self.profile.bootstrap}
+
+        def one(l1_coefficient: float, checkpoint: Path) -> dict:
+            train = replace(self.profile.sweep, l1_coefficient=l1_coefficient, seed=self.seed)
+            sae, _ = train_sae(self.stream("A", train.batch_size), config, train, checkpoint / f"{l1_coefficient:g}.safetensors")
+            found = held_out_pass(model.model, text, sae)
+            recovered = found.loss_recovered("zero", **draws)
+            return {"l1": l1_coefficient, "l0": found.average("l0", **draws).value, **recovered._asdict(),
+                    "explained": found.explained_variance(**draws).value, "dead": (found.fired == 0).double().mean().item()}
+
+        def make(out: Path, checkpoint: Path) -> None:
+            pd.DataFrame([one(l1, checkpoint) for l1 in self.profile.sweep_l1]).to_json(out / "sweep.json", orient="records")
+
+        everything = {"sae": asdict(config), "train": asdict(replace(self.profile.sweep, seed=self.seed)),
+                      "l1": self.profile.sweep_l1, "stream": asdict(self.profile.stream), "held_out": len(text.contexts)}
+        artefact = self.store.stage("sparsity_sweep", everything, make, inputs=[model.artefact, self._tokens])
+        return pd.read_json(artefact.path / "sweep.json", orient="records")
 
     def superposition(self) -> tuple[pd.DataFrame, Interval]:
         """How well the best neuron and the best feature detect each special context, chosen on validation text and measured
@@ -175,15 +204,26 @@ class Study:
         interval (`neuron_low`, `neuron_high`).
         """
         labels = [self.tokens.domains.index(name) for name in self.special_contexts]
-        model, draws = self.transformer("A").model, {"seed": self.seed, "n_boot": self.profile.bootstrap}
-        table, found = pd.DataFrame({"context": self.special_contexts}), {}
-        for unit, sae in (("neuron", None), ("feature", self.dictionary("A").model)):
-            best = found[unit] = best_detectors(model, sae, self.held_out("validation"), self.held_out("test"), labels)
-            ends = [bootstrap_interval(best.sums[:, :, i], lambda t: pearson_from_sums(*np.moveaxis(t, -1, 0)), **draws)
-                    for i in range(len(labels))]
-            table = table.assign(**{unit: best.pearson(), f"{unit}_unit": best.unit, f"{unit}_low": [e.low for e in ends],
-                                    f"{unit}_high": [e.high for e in ends]})
-        return table, count_won(found["feature"], found["neuron"], 0.3, **draws)
+        model, dictionary, draws = self.transformer("A"), self.dictionary("A"), {"seed": self.seed, "n_boot": self.profile.bootstrap}
+
+        def make(out: Path, _: Path) -> None:
+            table, found = pd.DataFrame({"context": self.special_contexts}), {}
+            texts = self.held_out("validation", whole=True), self.held_out("test", whole=True)
+            for unit, sae in (("neuron", None), ("feature", dictionary.model)):
+                best = found[unit] = best_detectors(model.model, sae, *texts, labels)
+                ends = [bootstrap_interval(best.sums[:, :, i], lambda t: pearson_from_sums(*np.moveaxis(t, -1, 0)), **draws)
+                        for i in range(len(labels))]
+                table = table.assign(**{unit: best.pearson(), f"{unit}_unit": best.unit, f"{unit}_low": [e.low for e in ends],
+                                        f"{unit}_high": [e.high for e in ends]})
+            table.to_json(out / "detectors.json", orient="records")
+            won = count_won(found["feature"], found["neuron"], 0.3, **draws)
+            (out / "won.json").write_text(json.dumps(won._asdict()))
+
+        # Measured on this environment's own text, so a committed one would not do.
+        artefact = self.store.stage("superposition", draws | {"contexts": self.special_contexts}, make, reference=False,
+                                    inputs=[model.artefact, dictionary.artefact, self._tokens])
+        won = Interval(**json.loads((artefact.path / "won.json").read_text()))
+        return pd.read_json(artefact.path / "detectors.json", orient="records"), won
 
 
 def _check(name: str, found: str, fine: bool, advice: str) -> tuple[str, str, str]:

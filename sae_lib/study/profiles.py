@@ -40,7 +40,7 @@ WORKSHOP = Profile(
     expansion=8,
     sweep=TrainConfig(n_activations=4_000_000, batch_size=4096, l1_coefficient=5.0),
     sweep_l1=(3.0, 5.0, 8.0, 12.0),
-    held_out_contexts=1536,
+    held_out_contexts=2048,
     bootstrap=1000,
 )
 
