@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from babel import Locale, dates, lists, numbers, units
 
-DOCUMENT_CHARS = (500, 1600)
+DOCUMENT_CHARS = (300, 900)
 Random = np.random.Generator
 
 
@@ -104,7 +104,7 @@ def _phrases(identifier: str) -> _Phrases:
 
 
 def locale_document(identifier: str, rng: Random) -> str:
-    """A document of 500-1,600 characters in the language of a CLDR locale."""
+    """A document of 300-900 characters in the language of a CLDR locale."""
     return _phrases(identifier).document(rng)
 
 

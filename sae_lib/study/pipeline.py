@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -66,14 +67,13 @@ class Study:
     def _fingerprint(self) -> str:
         return corpus_module.fingerprint(self.profile.corpus)
 
-    @cached_property
-    def _documents(self) -> list[corpus_module.Document]:
-        return list(corpus_module.documents(self.profile.corpus))
+    def _documents(self) -> Iterator[corpus_module.Document]:
+        return corpus_module.documents(self.profile.corpus, cache=paths.data() / "hub")
 
     @cached_property
     def _tokenizer(self) -> Artefact:
         def make(out: Path, _: Path) -> None:
-            tokens_module.train_tokenizer(self._documents, self.profile.tokens).save(str(out / "tokenizer.json"))
+            tokens_module.train_tokenizer(self._documents(), self.profile.tokens).save(str(out / "tokenizer.json"))
 
         return self.store.stage("tokenizer", {"corpus": asdict(self.profile.corpus), "tokens": asdict(self.profile.tokens)}, make,
                                 fingerprint=self._fingerprint)
@@ -83,8 +83,7 @@ class Study:
         def make(out: Path, _: Path) -> None:
             tokenizer = Tokenizer.from_file(str(self._tokenizer.path / "tokenizer.json"))
             budgets = corpus_module.budgets(self.profile.corpus)
-            tokens_module.tokenise(self._documents, tokenizer, self.profile.tokens, out, budgets)
-            del self.__dict__["_documents"]  # 100 MB of text that nothing needs any more
+            tokens_module.tokenise(self._documents(), tokenizer, self.profile.tokens, out, budgets)
 
         return self.store.stage("tokens", {"corpus": asdict(self.profile.corpus), "tokens": asdict(self.profile.tokens)}, make,
                                 inputs=[self._tokenizer], fingerprint=self._fingerprint, reference=False)
@@ -204,7 +203,8 @@ class Study:
         interval (`neuron_low`, `neuron_high`).
         """
         labels = [self.tokens.domains.index(name) for name in self.special_contexts]
-        model, dictionary, draws = self.transformer("A"), self.dictionary("A"), {"seed": self.seed, "n_boot": self.profile.bootstrap}
+        model, dictionary = self.transformer("A"), self.dictionary("A")
+        draws = {"seed": self.seed, "n_boot": self.profile.bootstrap}
 
         def make(out: Path, _: Path) -> None:
             table, found = pd.DataFrame({"context": self.special_contexts}), {}
