@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lib.errors import StudyError
+from sae_lib.precision import low_precision
 from sae_lib.seeds import generator
-from sae_lib.transformer import Transformer, low_precision, mlp_activations
+from sae_lib.transformer import Transformer, mlp_activations
 
 HARVEST_CONTEXTS = 64  # contexts run at once: their attention stays in cache
 

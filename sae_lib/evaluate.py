@@ -35,7 +35,7 @@ class Text(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """Values per token [tokens] and firing counts; a context's last token, which predicts nothing, and end-of-text are left out."""
+    """Values per token [tokens] and firing counts, without end-of-text and each context's last token, which predicts nothing."""
 
     document: Int[Tensor, " tokens"]
     values: dict[str, Float[Tensor, " tokens"]]

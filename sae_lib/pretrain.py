@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from sae_lib.checkpoint import load_checkpoint, save_checkpoint
 from sae_lib.errors import StudyError
+from sae_lib.precision import low_precision
 from sae_lib.seeds import generator
 from sae_lib.transformer import (
     Parameters,
@@ -23,7 +24,6 @@ from sae_lib.transformer import (
     before_last_mlp,
     build,
     linear,
-    low_precision,
     mlp_post,
     norm,
     parameters,

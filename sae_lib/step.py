@@ -52,12 +52,6 @@ class StepSums(NamedTuple):
     """Rows each feature was active on."""
 
 
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
 class LossGradient:
     """Gradient of  sum over rows of ||x' - x_hat||^2 + l1_coefficient * ||f||_1  for x' = scale * x, added up in `grads`.
 

@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from sae_lib.checkpoint import load_checkpoint, save_checkpoint
 from sae_lib.errors import StudyError
+from sae_lib.precision import native_bfloat16
 from sae_lib.sae import SAE, SAEConfig, geometric_median
 from sae_lib.seeds import generator
-from sae_lib.step import SPARSE_L0, LossGradient, Parameters, StepSums, adam_step, native_bfloat16
+from sae_lib.step import SPARSE_L0, LossGradient, Parameters, StepSums, adam_step
 
 SCALE_SAMPLE = 16_384  # activations for the scale and the geometric median
 RESAMPLE_CHUNK = 65_536  # inputs whose loss is computed at once when resampling

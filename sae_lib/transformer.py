@@ -73,14 +73,6 @@ def parameters(model: Transformer) -> Parameters:
     return {name.replace("._original_component", ""): p for name, p in model.named_parameters()}
 
 
-def low_precision() -> torch.dtype:
-    """bfloat16 where the machine multiplies it natively, else float32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return torch.bfloat16 if cpu == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
 # --- the forward pass ------------------------------------------------------------------------------------------------
 
 def norm(p: Parameters, name: str, x: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ def test_contexts_won_by_a_margin():
     def detectors(correlation):
         # Documents of four tokens in which unit and label agree, or do not: pearson 1 or 0.
         agree, differ = [4, 2, 2, 2, 2, 2], [4, 2, 2, 2, 2, 1]
-        return Detectors(torch.tensor([0, 0]), np.array([[agree if c else differ for c in correlation]] * 3, float).transpose(0, 2, 1))
+        sums = np.array([[agree if c else differ for c in correlation]] * 3, float)
+        return Detectors(torch.tensor([0, 0]), sums.transpose(0, 2, 1))
 
     won = count_won(detectors([1, 1]), detectors([0, 1]), 0.3, n_boot=20)
     assert won == (1, 1, 1)

@@ -63,7 +63,7 @@ ordered = detectors.sort_values("feature")
 fig = go.Figure()
 for unit, symbol in (("neuron", "circle-open"), ("feature", "circle")):
     fig.add_scatter(x=ordered[unit], y=ordered.context, mode="markers", name=f"best {unit}", marker=dict(symbol=symbol, size=11))
-fig.update_layout(height=820, xaxis=dict(title="Pearson correlation with the context (test text)", range=[0, 1]))
+fig.update_layout(height=820, xaxis=dict(title="Pearson correlation with the context (test text)", range=[0, 1]), yaxis=dict(dtick=1))
 study.show(fig, "00-superposition",
            claim=f"Directions, not neurons: {won.value:.0f} of {len(detectors)} rare contexts have a feature far better than any neuron",
            alt=f"For each of {len(detectors)} rare contexts a dot for the best neuron and one for the best feature. The median correlation "

@@ -52,14 +52,15 @@ run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
 
 # %%
 table = run.tokens.table()
-table["special"] = table.domain.isin(run.special_contexts)
-print(f"{table.tokens.sum():,} tokens in {table.documents.sum():,} documents; {table.special.sum()} special contexts")
+table["special"] = table.domain.isin(run.special_contexts).map({True: "yes", False: "no"})
+rare = table[table.special == "yes"].share
+print(f"{table.tokens.sum():,} tokens in {table.documents.sum():,} documents; {len(rare)} special contexts")
 table.sort_values("share", ascending=False)
 
 # %%
 fig = px.bar(table.sort_values("share"), x="share", y="domain", color="special", orientation="h", log_x=True, height=900,
              labels={"share": "share of tokens", "domain": "", "special": "special context"})
-rare = table[table.special].share
+fig.update_yaxes(dtick=1)
 study.show(fig, "02-corpus", claim=f"{len(rare)} special contexts, each {rare.min():.2%} to {rare.max():.2%} of the tokens",
            alt=f"Bars of the share of tokens of {len(table)} text domains on a logarithmic axis. The {len(rare)} special contexts, "
                f"scripts, languages and encodings, lie between {rare.min():.2%} and {rare.max():.2%}.")
@@ -167,6 +168,7 @@ detectors.tail(8)
 # %%
 fig = px.bar(detectors, x="pearson", y="context", orientation="h", height=800, hover_data=["unit"], range_x=[0, 1],
              labels={"pearson": "Pearson correlation of the best neuron with the context (test text)", "context": ""})
+fig.update_yaxes(dtick=1)
 study.show(fig, "02-best-neurons", claim=f"The median special context's best neuron correlates {detectors.pearson.median():.2f} with it",
            alt=f"Bars of the correlation of the best neuron with each of {len(detectors)} special contexts, from {detectors.pearson.min():.2f} "
                f"({detectors.context.iloc[0]}) to {detectors.pearson.max():.2f} ({detectors.context.iloc[-1]}); the median is {detectors.pearson.median():.2f}.")
@@ -181,6 +183,7 @@ correlations = label_correlations(twins["A"].model, None, test, len(run.tokens.d
 matrix = correlations[shown][:, labels].clamp(min=0)
 fig = px.imshow(matrix.numpy(), x=names, y=[f"neuron {n}" for n in shown], zmin=0, zmax=0.6, aspect="auto", height=620,
                 color_continuous_scale="Viridis", labels={"color": "Pearson", "x": "special context", "y": ""})
+fig.update_xaxes(dtick=1, tickangle=60)
 shared = int(((matrix > 0.1).sum(1) > 1).sum())
 study.show(fig, "02-polysemantic-neurons", claim=f"{shared} of these {len(shown)} neurons answer to more than one context",
            alt=f"Heat map of the correlation of {len(shown)} neurons with {len(names)} special contexts. {shared} of the neurons exceed 0.1 for "

@@ -97,7 +97,7 @@ for at in log[log.resampled > 0].activations:
     fig.add_vline(x=at, line_dash="dot", line_width=1)
 fig.update_xaxes(title="activations seen", row=3, col=1)
 fig.update_layout(height=680)
-study.show(fig, "03-training", claim=f"After {log.activations.iloc[-1] / 1e6:.0f} million activations {log.l0.iloc[-1]:.0f} features are active on a token",
+study.show(fig, "03-training", claim=f"After {log.activations.iloc[-1] / 1e6:.3g} million activations {log.l0.iloc[-1]:.0f} features are active on a token",
            alt=f"Three curves against activations seen: the loss falls to {log.loss.iloc[-1]:.0f}, the active features per token to "
                f"{log.l0.iloc[-1]:.1f}, the share of features not firing to {log.dead.iloc[-1]:.1%}. Dotted lines mark resamplings.")
 
@@ -222,7 +222,7 @@ fig = go.Figure()
 for unit, symbol in (("neuron", "circle-open"), ("feature", "circle")):
     fig.add_scatter(x=ordered[unit], y=ordered.context, mode="markers", name=f"best {unit}", marker=dict(symbol=symbol, size=11),
                     error_x=dict(array=ordered[f"{unit}_high"] - ordered[unit], arrayminus=ordered[unit] - ordered[f"{unit}_low"], thickness=1))
-fig.update_layout(height=820, xaxis=dict(title="Pearson correlation with the context (test text)", range=[0, 1]))
+fig.update_layout(height=820, xaxis=dict(title="Pearson correlation with the context (test text)", range=[0, 1]), yaxis=dict(dtick=1))
 study.show(fig, "03-superposition", claim=f"In {won.value:.0f} of {len(detectors)} contexts the best feature beats the best neuron by 0.3 or more",
            alt=f"For each of {len(detectors)} special contexts a dot for the best neuron and one for the best feature. Median correlation "
                f"{detectors.neuron.median():.2f} for neurons and {detectors.feature.median():.2f} for features.")

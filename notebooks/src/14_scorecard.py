@@ -57,8 +57,8 @@ fig = go.Figure(go.Scatter(
     x=ratio, y=both.id, mode="markers+text", text=both.verdict, textposition="top center",
     marker=dict(size=12, color=both.verdict.map(colours)),
     error_x=dict(array=both.high / both.paper - ratio, arrayminus=ratio - both.low / both.paper)))
-fig.add_vline(x=1, line_dash="dot", annotation_text="the paper's number")
-fig.update_layout(xaxis=dict(title="our value / the paper's value", type="log"), yaxis=dict(autorange="reversed"))
+fig.add_vline(x=1, line_dash="dot")
+fig.update_layout(xaxis=dict(title="our value / the paper's value (dotted: the same)", type="log"), yaxis=dict(autorange="reversed"))
 counts = table.verdict.value_counts()
 spelled = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
 study.show(fig, "14-scorecard", claim=f"Of {len(table)} findings: {spelled}",

@@ -23,6 +23,7 @@ from sae_lib.activations import ActivationStream
 from sae_lib.errors import StudyError
 from sae_lib.evaluate import Text, best_detectors, count_won, held_out_pass
 from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums
+from sae_lib.precision import low_precision
 from sae_lib.pretrain import train_transformer
 from sae_lib.sae import SAE, SAEConfig
 from sae_lib.study import environment, paths
@@ -32,7 +33,7 @@ from sae_lib.study.profiles import PROFILES
 from sae_lib.study.scorecard import Scorecard
 from sae_lib.tokens import TokenData
 from sae_lib.train import train_sae
-from sae_lib.transformer import Transformer, TransformerConfig, load_transformer, low_precision, save_transformer, shuffle_weights
+from sae_lib.transformer import Transformer, TransformerConfig, load_transformer, save_transformer, shuffle_weights
 
 SWEEP_CONTEXTS = 384  # held-out contexts on which the short trainings are compared
 

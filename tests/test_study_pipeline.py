@@ -1,0 +1,83 @@
+"""The whole study at a size of seconds, on a small folder of text."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sae_lib.errors import StudyError
+from sae_lib.study import pipeline
+from sae_lib.study.profiles import PROFILES, SMOKE
+from sae_lib.transformer import parameters
+
+WORDS = {"letters": "alpha beta gamma delta epsilon zeta eta theta", "numbers": "one two three four five six seven eight"}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for domain, words in WORDS.items():
+        (tmp_path / "text" / domain).mkdir(parents=True)
+        for i in range(12):
+            (tmp_path / "text" / domain / f"{i}.txt").write_text(" ".join(rng.choice(words.split(), 400)))
+    train = replace(SMOKE.dictionary, n_activations=2560, batch_size=128, resample_inputs=256)
+    tiny = replace(
+        SMOKE, name="tiny", corpus=replace(SMOKE.corpus, source=f"files:{tmp_path / 'text'}", target_tokens=8_000),
+        tokens=replace(SMOKE.tokens, vocab_size=290, n_ctx=16, validation_fraction=0.1, test_fraction=0.1),
+        transformer=replace(SMOKE.transformer, n_tokens=8_000, d_vocab=290, n_ctx=16, d_model=16, d_mlp=32, batch_contexts=8),
+        stream=replace(SMOKE.stream, batch_size=128, tokens_per_context=15), dictionary=train, sweep=train, sweep_l1=(1.0, 3.0),
+        held_out_contexts=40, bootstrap=20)
+    monkeypatch.setitem(PROFILES, "tiny", tiny)
+    monkeypatch.setenv("SAE_ROOT", str(tmp_path))
+    monkeypatch.setenv("SAE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("SAE_FIGURES", str(tmp_path / "figures"))
+    return lambda mode="auto": pipeline.Study("tiny", artefacts=mode)
+
+
+def test_everything_is_made_once_and_loaded_after(study):
+    made = study()
+    with pytest.raises(StudyError, match="ARTEFACTS is \"load\""):
+        study("load").dictionary()
+    detectors, won = made.superposition()
+    sweep = made.sparsity_sweep()
+    loaded = study("load")
+    assert set(detectors.context) == {"letters", "numbers"}
+    assert won.low <= won.value <= won.high
+    assert sweep.l1.tolist() == [1.0, 3.0]
+    assert sweep.l0.iloc[1] < sweep.l0.iloc[0]
+    assert loaded.superposition()[0].equals(detectors)
+    assert torch.equal(loaded.dictionary().model.W_enc, made.dictionary().model.W_enc)
+    assert loaded.dictionary().log.activations.iloc[-1] == 2560
+
+
+def test_held_out_text_carries_its_documents_and_domains(study):
+    made = study()
+    text = made.held_out("test", whole=True)
+    assert text.contexts.shape == text.documents.shape == text.domains.shape
+    names = [made.tokens.domains[i] for i in text.domains.flatten().tolist()]
+    decoded = made.tokens.tokenizer.decode_batch([[i] for i in text.contexts.flatten().tolist()])
+    # The letter p is in the words of one domain only, w in those of the other.
+    for letter, domain in (("p", "letters"), ("w", "numbers")):
+        assert {name for name, piece in zip(names, decoded, strict=True) if letter in piece} == {domain}
+
+
+def test_twins_differ_and_the_control_is_shuffled(study):
+    made = study()
+    a, b, control = (made.transformer(which).model for which in ("A", "B", "random"))
+    weight = lambda model: parameters(model)["head.weight"]
+    assert not torch.equal(weight(a), weight(b))
+    assert torch.equal(weight(a).flatten().sort().values, weight(control).flatten().sort().values)
+    with pytest.raises(StudyError, match="ask for A, B or random"):
+        made.transformer("C")
+
+
+def test_unknown_profiles_are_named():
+    with pytest.raises(StudyError, match="choose one of smoke, workshop, paper"):
+        pipeline.Study("huge")
+
+
+def test_the_machine_check_says_what_to_do():
+    rows = pipeline.machine_check()
+    assert {"Python", "cores", "memory", "free disk"} <= {name for name, _, _ in rows}
+    assert dict((name, verdict) for name, _, verdict in rows)["Python"] == "ok"
