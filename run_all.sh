@@ -48,7 +48,7 @@ find_environment() {
   if [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(locked_hash "$venv/bin/python")" ]; then
     say "Using $venv"; printf '%s\n' "$venv/bin/python"; return
   fi
-  for candidate in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3 python; do
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python; do
     if new_enough "$candidate"; then base="$candidate"; break; fi
   done
   if command -v flock >/dev/null 2>&1; then  # two first runs at once make one environment
