@@ -91,7 +91,7 @@ def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None) -> Hel
             output = sae(acts)
             edits["dictionary"] = lambda _, output=output: output.reconstruction
             active = output.features > 0
-            fired += active[:, :-1][keep].sum(0)
+            fired += torch.count_nonzero(active[:, :-1][keep], dim=0)
             values |= {"l0": active.sum(-1).float(), "error": (acts - output.reconstruction).square().sum(-1),
                        "spread": (acts - mean).square().sum(-1)}
         losses = token_losses(model, batch.contexts, edits)

@@ -27,7 +27,7 @@ def study(tmp_path, monkeypatch):
         tokens=replace(SMOKE.tokens, vocab_size=290, n_ctx=16, validation_fraction=0.1, test_fraction=0.1),
         transformer=replace(SMOKE.transformer, n_tokens=8_000, d_vocab=290, n_ctx=16, d_model=16, d_mlp=32, batch_contexts=8),
         stream=replace(SMOKE.stream, batch_size=128, tokens_per_context=15), dictionary=train, sweep=train, sweep_l1=(1.0, 3.0),
-        held_out_contexts=40, bootstrap=20)
+        held_out_contexts=40, bootstrap=20, correction_activations=512)
     monkeypatch.setitem(PROFILES, "tiny", tiny)
     monkeypatch.setenv("SAE_ROOT", str(tmp_path))
     monkeypatch.setenv("SAE_DATA", str(tmp_path / "data"))
@@ -41,6 +41,7 @@ def test_everything_is_made_once_and_loaded_after(study):
         study("load").dictionary()
     detectors, won = made.superposition()
     sweep = made.sparsity_sweep()
+    made.corrected_dictionary()
     loaded = study("load")
     assert set(detectors.context) == {"letters", "numbers"}
     assert won.low <= won.value <= won.high
@@ -48,6 +49,7 @@ def test_everything_is_made_once_and_loaded_after(study):
     assert sweep.l0.iloc[1] < sweep.l0.iloc[0]
     assert loaded.superposition()[0].equals(detectors)
     assert torch.equal(loaded.dictionary().model.W_enc, made.dictionary().model.W_enc)
+    assert torch.equal(loaded.corrected_dictionary().W_enc, made.corrected_dictionary().W_enc)
     assert loaded.dictionary().log.activations.iloc[-1] == 2560
 
 

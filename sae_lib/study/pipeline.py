@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums
 from sae_lib.precision import low_precision
 from sae_lib.pretrain import train_transformer
 from sae_lib.sae import SAE, SAEConfig
+from sae_lib.shrinkage import Correction, apply_correction, fit_correction
 from sae_lib.study import environment, paths
 from sae_lib.study.artefacts import Artefact, Store
 from sae_lib.study.export import find_browser
@@ -174,6 +176,18 @@ class Study:
                                     inputs=[transformer.artefact, self._tokens])
         return Trained(SAE.load(artefact.path), pd.read_json(artefact.path / "log.json", orient="records"), artefact)
 
+    def corrected_dictionary(self, on: str = "A") -> SAE:
+        """The main dictionary with the shrinkage of its activations undone; the same features are active."""
+        dictionary, n = self.dictionary(on), self.profile.correction_activations
+
+        def make(out: Path, _: Path) -> None:
+            correction = fit_correction(dictionary.model, self.stream(on).sample(n, "correction"))
+            save_file(correction._asdict(), out / "correction.safetensors")
+
+        artefact = self.store.stage(f"correction_{self.profile.expansion}x_{on}", {"n_activations": n, "seed": self.seed}, make,
+                                    inputs=[dictionary.artefact])
+        return apply_correction(dictionary.model, Correction(**load_file(artefact.path / "correction.safetensors")))
+
     def sparsity_sweep(self) -> pd.DataFrame:
         """Short trainings that differ in the L1 coefficient alone: columns l1, l0, loss recovered (value, low, high), explained
         variance, dead (share of features never active on the text evaluated)."""
@@ -182,7 +196,8 @@ class Study:
 
         def one(l1_coefficient: float, checkpoint: Path) -> dict:
             train = replace(self.profile.sweep, l1_coefficient=l1_coefficient, seed=self.seed)
-            sae, _ = train_sae(self.stream("A", train.batch_size), config, train, checkpoint / f"{l1_coefficient:g}.safetensors")
+            stream = self.stream("A", train.batch_size)
+            sae, _ = train_sae(stream, config, train, checkpoint / f"{l1_coefficient:g}.safetensors")
             found = held_out_pass(model.model, text, sae)
             recovered = found.loss_recovered("zero", **draws)
             return {"l1": l1_coefficient, "l0": found.average("l0", **draws).value, **recovered._asdict(),

@@ -20,6 +20,7 @@ class Profile:
     stream: StreamConfig
     dictionary: TrainConfig
     expansion: int  # features of the main dictionary per neuron; the paper's A/1 has 8
+    correction_activations: int  # on which the shrinkage of the main dictionary is measured
     sweep: TrainConfig  # a short training, for comparing L1 coefficients at equal budget
     sweep_l1: tuple[float, ...]
     held_out_contexts: int  # contexts of the test split that are evaluated
@@ -36,10 +37,14 @@ WORKSHOP = Profile(
     tokens=TokenConfig(vocab_size=4096, n_ctx=256),
     transformer=TransformerConfig(n_tokens=40_000_000),
     stream=StreamConfig(batch_size=4096),
-    dictionary=TrainConfig(n_activations=40_000_000, batch_size=4096, l1_coefficient=5.0),
+    # The paper resamples in the first tenth of a million steps; ours are too few to have dead features that early.
+    dictionary=TrainConfig(n_activations=40_000_000, batch_size=4096, l1_coefficient=4.5, lr=4e-4, lr_warmup=0.01, lr_decay=0.3,
+                           resample_at=(0.1, 0.2, 0.3, 0.4), resample_inputs=131_072),
     expansion=8,
-    sweep=TrainConfig(n_activations=4_000_000, batch_size=4096, l1_coefficient=5.0),
-    sweep_l1=(3.0, 5.0, 8.0, 12.0),
+    correction_activations=131_072,
+    sweep=TrainConfig(n_activations=3_000_000, batch_size=4096, l1_coefficient=4.5, lr=1e-3, lr_warmup=0.01, lr_decay=0.3,
+                      resample_at=()),
+    sweep_l1=(2.0, 3.5, 6.0, 10.0),
     held_out_contexts=2048,
     bootstrap=1000,
 )
@@ -49,10 +54,11 @@ SMOKE = replace(
     name="smoke",
     corpus=CorpusConfig(target_tokens=1_200_000),
     tokens=TokenConfig(vocab_size=1024, n_ctx=64),
-    transformer=TransformerConfig(n_tokens=800_000, d_vocab=1024, n_ctx=64, d_model=64, n_heads=2, d_mlp=128),
+    transformer=TransformerConfig(n_tokens=500_000, d_vocab=1024, n_ctx=64, d_model=64, n_heads=2, d_mlp=128),
     stream=StreamConfig(batch_size=1024, tokens_per_context=62),
-    dictionary=TrainConfig(n_activations=400_000, batch_size=1024, l1_coefficient=5.0),
-    sweep=TrainConfig(n_activations=100_000, batch_size=1024, l1_coefficient=5.0),
+    dictionary=TrainConfig(n_activations=400_000, batch_size=1024, l1_coefficient=5.0, resample_inputs=8192),
+    correction_activations=8192,
+    sweep=TrainConfig(n_activations=100_000, batch_size=1024, l1_coefficient=5.0, resample_at=()),
     sweep_l1=(3.0, 8.0),
     held_out_contexts=128,
     bootstrap=200,
@@ -67,6 +73,7 @@ PAPER = replace(
     stream=StreamConfig(batch_size=8192),
     # 0.004 against the mean squared error over 512 neurons is 2.05 against the summed one.
     dictionary=TrainConfig(n_activations=8_192_000_000, batch_size=8192, l1_coefficient=2.05),
+    correction_activations=819_200,
     sweep=TrainConfig(n_activations=800_000_000, batch_size=8192, l1_coefficient=2.05),
     sweep_l1=(1.0, 2.05, 4.0),
     held_out_contexts=16_384,
