@@ -37,14 +37,16 @@ WORKSHOP = Profile(
     tokens=TokenConfig(vocab_size=4096, n_ctx=256),
     transformer=TransformerConfig(n_tokens=40_000_000),
     stream=StreamConfig(batch_size=4096),
-    # The paper resamples in the first tenth of a million steps; ours are too few to have dead features that early.
-    dictionary=TrainConfig(n_activations=50_000_000, batch_size=4096, l1_coefficient=2.9, lr=4e-4, lr_warmup=0.01, lr_decay=0.3,
-                           resample_at=(0.1, 0.2, 0.3, 0.4), resample_inputs=131_072),
+    # The paper resamples in the first tenth of a million steps; ours are too few to have dead features that early. Its inputs
+    # are taken as they are; ours minus b_dec, for what all activations have in common made resampled features fire everywhere
+    # (L0 rose from 25 to 130).
+    dictionary=TrainConfig(n_activations=32_000_000, batch_size=4096, l1_coefficient=3.2, lr=5e-4, lr_warmup=0.01, lr_decay=0.3,
+                           resample_at=(0.2, 0.3, 0.4, 0.55), dead_window=0.025, resample_inputs=131_072, resample_centred=True),
     expansion=8,
     correction_activations=131_072,
-    sweep=TrainConfig(n_activations=3_000_000, batch_size=4096, l1_coefficient=3.2, lr=1e-3, lr_warmup=0.01, lr_decay=0.3,
+    sweep=TrainConfig(n_activations=2_500_000, batch_size=4096, l1_coefficient=3.2, lr=1e-3, lr_warmup=0.01, lr_decay=0.3,
                       resample_at=()),
-    sweep_l1=(2.0, 3.2, 5.0, 8.0),
+    sweep_l1=(2.0, 4.0, 8.0),
     held_out_contexts=1536,
     bootstrap=1000,
 )
