@@ -84,9 +84,10 @@ print(f"{sae.W_dec.shape[0]:,} features for {sae.W_dec.shape[1]} neurons; loss h
 # Two steps of the recipe keep the decoder honest: the part of its gradient that would only lengthen a direction is taken
 # out before Adam sees it, and the norm is set back to 1 after the step. Features that have not fired for a while are
 # *resampled*: they get a new direction from an input that the dictionary reconstructs badly. The paper does so four times
-# in the first tenth of a million steps. Our run is too short to have dead features that early: its four come later.
+# in the first tenth of its million steps, and we keep those proportions; in a run as short as ours there may be nothing to
+# resample that early.
 #
-# **Predict.** Where on the curves will you see the resamplings?
+# **Predict.** Which of the three curves would still move if we trained ten times longer?
 
 # %%
 fig = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06)

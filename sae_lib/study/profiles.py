@@ -36,12 +36,11 @@ WORKSHOP = Profile(
     corpus=CorpusConfig(target_tokens=46_000_000),
     tokens=TokenConfig(vocab_size=4096, n_ctx=256),
     transformer=TransformerConfig(n_tokens=40_000_000),
-    stream=StreamConfig(batch_size=4096),
-    # The paper resamples in the first tenth of a million steps; ours are too few to have dead features that early. Its inputs
-    # are taken as they are; ours minus b_dec, for what all activations have in common made resampled features fire everywhere
-    # (L0 rose from 25 to 130).
-    dictionary=TrainConfig(n_activations=32_000_000, batch_size=4096, l1_coefficient=3.2, lr=5e-4, lr_warmup=0.01, lr_decay=0.3,
-                           resample_at=(0.2, 0.3, 0.4, 0.55), dead_window=0.025, resample_inputs=131_072, resample_centred=True),
+    stream=StreamConfig(batch_size=8192),
+    # Short on purpose: beyond some 3,000 steps features begin to die in numbers, and resampling many at once leaves features
+    # that fire everywhere (L0 from 25 to above 100 and slow to fall, along raw and centred inputs alike).
+    dictionary=TrainConfig(n_activations=22_000_000, batch_size=8192, l1_coefficient=3.3, lr=5e-4, lr_warmup=0.01, lr_decay=0.4,
+                           resample_inputs=131_072),
     expansion=8,
     correction_activations=131_072,
     sweep=TrainConfig(n_activations=2_500_000, batch_size=4096, l1_coefficient=3.2, lr=1e-3, lr_warmup=0.01, lr_decay=0.3,
