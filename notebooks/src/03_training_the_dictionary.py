@@ -157,7 +157,8 @@ row("03.l0", claim="Few features are active on a token", paper=4.9, paper_source
 # %% [markdown]
 # ## 4 · Alive
 #
-# **Claim.** Almost all features fire on held-out text, most of them on one token in thousands.
+# **Claim.** This is where our short training falls short of the paper: all features live at first, and towards the end close
+# to half of them stop firing (look back at the lowest of the three curves). Those that live fire on one token in thousands.
 #
 # A feature's *density* is the share of tokens on which it is active. Two kinds of feature deserve distrust: *dead* ones that
 # never fire, and the *ultralow* cluster that the paper found far to the left, which fires almost never and means nothing.
@@ -245,7 +246,7 @@ row("02.superposition.contexts", claim="Contexts whose best feature beats the be
 # %% [markdown]
 # ## Key points
 #
-# - A sparse autoencoder is two matrices and a loss of two terms; the art is in keeping its features alive.
+# - A sparse autoencoder is two matrices and a loss of two terms; the art is in keeping its features alive. Ours are not yet.
 # - Faithfulness, sparsity and density are all measured on text that neither model has seen.
 # - The directions that it finds are far better detectors of rare contexts than the model's own neurons.
 #
