@@ -44,10 +44,15 @@ print(Store(root).stage("training", {}, make).source)
 """
 
 
+def _heed_interrupts() -> None:
+    """A shell starts its background jobs deaf to Ctrl-C, and what they start inherits that; a user's terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def python(code: str, *arguments: object, **options) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | options.pop("env", {})
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_heed_interrupts, **options)
 
 
 def until(process: subprocess.Popen, word: str) -> list[str]:
