@@ -36,6 +36,8 @@ DISTRIBUTIONS = [
     "wcwidth", "widgetsnbextension",
 ]
 
+# What an installer adds for its own use differs between two installations of one lock.
+INSTALLER_MADE = (".pyc", ".dist-info/INSTALLER", ".dist-info/REQUESTED", ".dist-info/direct_url.json")
 # No one file gives more than this; longer ones are cut.
 MAX_FILE_CHARS = 60_000
 # Text is collected a little beyond the budget, since the number of characters a token holds is only known afterwards.
@@ -234,7 +236,8 @@ def _files() -> list[File]:
                              "pip install -r requirements.lock") from None
         root = str(distribution.locate_file(""))
         found += [File(name, os.path.join(root, name), file.hash.value if file.hash else "")
-                  for file in distribution.files or () if not (name := str(file)).endswith(".pyc") and not name.startswith("..")]
+                  for file in distribution.files or ()
+                  if not (name := str(file)).endswith(INSTALLER_MADE) and not name.startswith("..")]
     library = Path(sysconfig.get_path("stdlib"))
     # Builds of Python differ in which tests they leave out; site-packages may lie inside.
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
