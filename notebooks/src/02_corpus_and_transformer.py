@@ -14,8 +14,8 @@
 # **You will be able to** say what the model was trained on and how good it is; measure what its MLP layer is worth; and
 # show that no single neuron stands for Hebrew, or base64, or DNA.
 #
-# **Needs** nothing. **Makes** the tokens, the transformers A and B and the random control, five figures and the first
-# rows of the scorecard. **Time**: 15 minutes to read.
+# **Needs** nothing. **Makes** the tokens, the transformers A and B and the random control, and five figures.
+# **Time**: 15 minutes to read.
 #
 # *Towards Monosemanticity* (Bricken et al. 2023) studies the smallest transformer that has the problem: one attention layer
 # and one MLP of 512 ReLU neurons. Ours has the same sizes; what differs is the text (40 million tokens of what is installed
@@ -135,7 +135,7 @@ study.show(fig, "02-mlp-ablation", claim=f"The MLP of transformer A is worth {a.
 
 # %% [markdown]
 # The *random control* is transformer A with the entries of each weight matrix shuffled, as in the paper. It keeps the sizes
-# and the distribution of the weights and has learned nothing. Later notebooks ask which of our findings it shows too.
+# and the distribution of the weights and has learned nothing. Whether our findings show in it too is a question for later.
 #
 # ## 5 · It writes
 #

@@ -15,7 +15,7 @@
 # **You will be able to** write down the sparse autoencoder and its loss; read its training curves; say how faithful, how
 # sparse and how alive a dictionary is; and compare its features with neurons as detectors of what is in the text.
 #
-# **Needs** the corpus and transformer A (made on the way, or loaded). **Makes** the dictionary of 8 features a neuron, six
+# **Needs** the corpus and transformer A (made on the way, or loaded). **Makes** the dictionary of 8 features a neuron, five
 # figures and six rows of the scorecard. **Time**: 20 minutes to read.
 
 # %% tags=["parameters"]
@@ -216,7 +216,8 @@ study.show(fig, "03-sparsity-fidelity", claim=f"Longer training moves the front:
 # %% [markdown]
 # ## 6 · Features against neurons
 #
-# **Claim.** For most special contexts some feature is a far better detector than any neuron.
+# **Claim.** For about half of the special contexts, and for nearly every script among them, some feature is a far better
+# detector than any neuron. For languages in Latin letters the lead is small.
 #
 # This is superposition made visible: the model has no neuron for these contexts, but it has a direction. Both sides choose
 # their best unit on the validation text and are measured on the test text.
@@ -248,9 +249,9 @@ row("02.superposition.contexts", claim="Contexts whose best feature beats the be
 #
 # - A sparse autoencoder is two matrices and a loss of two terms; the art is in keeping its features alive. Ours are not yet.
 # - Faithfulness, sparsity and density are all measured on text that neither model has seen.
-# - The directions that it finds are far better detectors of rare contexts than the model's own neurons.
+# - For rare scripts, DNA and base64 it finds directions that are far better detectors than the model's own neurons.
 #
 # **What would change our mind.** If the random control's dictionary detected the contexts as well, the features would be a
-# property of the text and not of the model. Notebook 05 asks exactly that.
+# property of the text and not of the model. That is not measured yet.
 #
 # **If you only take away one thing**: look for directions, not neurons.

@@ -56,7 +56,6 @@ class Study:
             raise StudyError(f"There is no profile '{profile}'; choose one of {', '.join(PROFILES)}.")
         self.profile = PROFILES[profile]
         paths.use_profile(profile)
-
         if corpus:
             self.profile = replace(self.profile, corpus=replace(self.profile.corpus, source=corpus))
         self.seed = seed

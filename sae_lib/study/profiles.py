@@ -37,8 +37,8 @@ WORKSHOP = Profile(
     tokens=TokenConfig(vocab_size=4096, n_ctx=256),
     transformer=TransformerConfig(n_tokens=40_000_000),
     stream=StreamConfig(batch_size=8192),
-    # Short on purpose: beyond some 3,000 steps features begin to die in numbers, and resampling many at once leaves features
-    # that fire everywhere (L0 from 25 to above 100 and slow to fall, along raw and centred inputs alike).
+    # Short, because features begin to die in numbers after some 8 to 12 million activations, and resampling many of them at
+    # once left features that fire everywhere (L0 from 25 to above 100 and slow to fall, along raw and centred inputs alike).
     dictionary=TrainConfig(n_activations=22_000_000, batch_size=8192, l1_coefficient=3.3, lr=5e-4, lr_warmup=0.01, lr_decay=0.4,
                            resample_inputs=131_072),
     expansion=8,
