@@ -14,13 +14,13 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lib.activations import ActivationStream
 from sae_lib.features import LabelCorrelations, pearson_sums
-from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums
+from sae_lib.metrics import Interval, bootstrap_interval, explained_share, pearson_from_sums, recovered_share
 from sae_lib.sae import SAE
 from sae_lib.transformer import Transformer, mlp_activations, token_losses
 
 BATCH_CONTEXTS = 32
-END_OF_TEXT = 0
 
 
 class Text(NamedTuple):
@@ -55,12 +55,12 @@ class HeldOut(NamedTuple):
 
     def loss_recovered(self, ablation: str = "zero", **draws: int) -> Interval:
         """(L_ablated - L_dictionary) / (L_ablated - L_clean); the ablation is "zero" or "mean"."""
-        return bootstrap_interval(self.document_sums(ablation, "dictionary", "clean"),
-                                  lambda t: (t[..., 0] - t[..., 1]) / (t[..., 0] - t[..., 2]), **draws)
+        return bootstrap_interval(self.document_sums("clean", "dictionary", ablation),
+                                  lambda t: recovered_share(t[..., 0], t[..., 1], t[..., 2]), **draws)
 
     def explained_variance(self, **draws: int) -> Interval:
         """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, pooled over tokens."""
-        return bootstrap_interval(self.document_sums("error", "spread"), lambda t: 1 - t[..., 0] / t[..., 1], **draws)
+        return bootstrap_interval(self.document_sums("error", "spread"), lambda t: explained_share(t[..., 0], t[..., 1]), **draws)
 
 
 def _batches(text: Text, description: str) -> Iterator[Text]:
@@ -84,7 +84,7 @@ def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None) -> Hel
     rows: list[dict[str, Tensor]] = []
     for batch in _batches(text, "held-out pass"):
         edits: dict[str, Callable | None] = {"clean": None, "zero": torch.zeros_like, "mean": lambda acts: mean.expand_as(acts)}
-        keep = batch.contexts[:, :-1] != END_OF_TEXT
+        keep = batch.contexts[:, :-1] != ActivationStream.END_OF_TEXT
         values = {"document": batch.documents}
         if sae:
             acts = mlp_activations(model, batch.contexts)

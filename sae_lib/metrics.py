@@ -78,7 +78,17 @@ class ReconstructionMetrics:
         variance = self.spread - self.offset.square().sum().item() / self.n
         return Reconstruction(
             self.n, self.fired.sum().item() / self.n, self.l1 / self.n, self.squared_error / self.n,
-            1 - self.squared_error / variance if variance > 0 else math.nan, torch.cat(self.fvu).median().item(), self.fired)
+            explained_share(self.squared_error, variance) if variance > 0 else math.nan, torch.cat(self.fvu).median().item(), self.fired)
+
+
+def recovered_share(clean: Numbers, spliced: Numbers, ablated: Numbers) -> Numbers:
+    """(ablated - spliced) / (ablated - clean), of mean losses or of sums over the same tokens; arrays go through element-wise."""
+    return (ablated - spliced) / (ablated - clean)
+
+
+def explained_share(error: Numbers, spread: Numbers) -> Numbers:
+    """1 - error / spread, of sums of squared distances to the reconstruction and to the mean; arrays go through element-wise."""
+    return 1 - error / spread
 
 
 def loss_recovered(clean: Float[Tensor, "*tokens"], spliced: Float[Tensor, "*tokens"],
@@ -94,7 +104,7 @@ def loss_recovered(clean: Float[Tensor, "*tokens"], spliced: Float[Tensor, "*tok
     if not ablated_loss > clean_loss:
         raise StudyError(f"Ablating the MLP does not raise the loss ({clean_loss:.3f} to {ablated_loss:.3f} nats), so there "
                          "is nothing to recover; train the transformer longer.")
-    return (ablated_loss - spliced_loss) / (ablated_loss - clean_loss)
+    return recovered_share(clean_loss, spliced_loss, ablated_loss)
 
 
 # --- densities -------------------------------------------------------------------------------------------------------
