@@ -76,9 +76,9 @@ class ReconstructionMetrics:
             raise StudyError("There are no activations to measure on; give a corpus with more held-out text.")
         # Spread about the exact mean, from the spread about the given one.
         variance = self.spread - self.offset.square().sum().item() / self.n
-        return Reconstruction(
-            self.n, self.fired.sum().item() / self.n, self.l1 / self.n, self.squared_error / self.n,
-            explained_share(self.squared_error, variance) if variance > 0 else math.nan, torch.cat(self.fvu).median().item(), self.fired)
+        explained = explained_share(self.squared_error, variance) if variance > 0 else math.nan
+        return Reconstruction(self.n, self.fired.sum().item() / self.n, self.l1 / self.n, self.squared_error / self.n, explained,
+                              torch.cat(self.fvu).median().item(), self.fired)
 
 
 def recovered_share(clean: Numbers, spliced: Numbers, ablated: Numbers) -> Numbers:
