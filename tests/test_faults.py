@@ -52,7 +52,8 @@ def _heed_interrupts() -> None:
 def python(code: str, *arguments: object, **options) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | options.pop("env", {})
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_heed_interrupts, **options)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            **{"preexec_fn": _heed_interrupts} | options)
 
 
 def until(process: subprocess.Popen, word: str) -> list[str]:
