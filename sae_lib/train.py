@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lib.births import bear, make_rare
 from sae_lib.checkpoint import load_checkpoint, save_checkpoint
 from sae_lib.errors import StudyError
 from sae_lib.precision import native_bfloat16
@@ -21,7 +22,8 @@ from sae_lib.sae import SAE, SAEConfig, geometric_median
 from sae_lib.seeds import generator
 from sae_lib.step import SPARSE_L0, LossGradient, Parameters, StepSums, adam_step
 
-SCALE_SAMPLE = 16_384  # activations for the scale and the geometric median
+SCALE_SAMPLE = 16_384  # activations for the scale, the geometric median and the densities that features are born with
+BIRTH_NORM = 0.3  # of the encoder rows of a dictionary whose features are born rare
 RESAMPLE_CHUNK = 65_536  # inputs whose loss is computed at once when resampling
 
 
@@ -46,7 +48,10 @@ class TrainConfig:
     resample_at: tuple[float, ...] = (0.025, 0.05, 0.075, 0.1)
     dead_window: float = 0.0125
     resample_inputs: int = 819_200
-    resample_centred: bool = False  # resample along x - b_dec, what the encoder sees, instead of along x as the paper does
+    birth_density: float | None = None
+    """Share of inputs on which a new feature fires. With None features are born as in the paper: at the start with Kaiming
+    weights, which make each fire on half of the inputs; later along an uncentred input, with zero bias. With a number both
+    are born along an input minus `b_dec`, which is what the encoder sees, with the bias that makes them as rare as that."""
     seed: int = 0
     precision: str = "auto"  # or "float32", "bfloat16": of the factors in matrix products
     log_every: int = 100
@@ -119,7 +124,7 @@ def l1_at(config: TrainConfig, step: int) -> float:
     return config.l1_coefficient * warm
 
 
-def initial_state(source: ActivationSource, sae_config: SAEConfig) -> TrainState:
+def initial_state(source: ActivationSource, sae_config: SAEConfig, birth_density: float | None = None) -> TrainState:
     """A new dictionary, its pre-encoder bias at the geometric median of the scaled activations."""
     x = source.sample(SCALE_SAMPLE, "scale")
     if x.shape[1] != sae_config.d_in:
@@ -132,6 +137,10 @@ def initial_state(source: ActivationSource, sae_config: SAEConfig) -> TrainState
     scale = math.sqrt(sae_config.d_in) / norm
     sae = SAE(sae_config)
     p = Parameters(sae.W_enc.detach().T.contiguous(), sae.b_enc.detach(), sae.W_dec.detach(), geometric_median(x * scale))
+    if birth_density is not None:
+        inputs, everyone = source.sample(sae_config.d_sae, "birth") * scale, torch.arange(sae_config.d_sae)
+        bear(p, everyone, inputs[everyone % len(inputs)] - p.b_dec, BIRTH_NORM)
+        make_rare(p, everyone, x * scale, birth_density)
     zeros = torch.zeros(sae_config.d_sae, dtype=torch.int64)
     return TrainState(p, p.zeros(), p.zeros(), zeros.clone(), zeros.clone(), scale, 0, math.inf, [0.0] * 4, [])
 
@@ -142,7 +151,7 @@ def resample(state: TrainState, source: ActivationSource, config: TrainConfig) -
 
     An input is drawn for each with probability proportional to its loss squared, out of `resample_inputs`. Its direction
     becomes the dictionary row, and at 0.2 times the mean norm of the living features' encoders the encoder row; the encoder
-    bias becomes 0, and Adam starts anew for all of these weights.
+    bias becomes 0 (or what `birth_density` asks for), and Adam starts anew for all of these weights.
     """
     dead = state.dead(config.steps(config.dead_window))
     n_dead = int(dead.sum())
@@ -166,11 +175,11 @@ def resample(state: TrainState, source: ActivationSource, config: TrainConfig) -
         total += weight.sum().item()
         replaced = torch.rand(n_dead, generator=rng, dtype=torch.float64) * total < weight.sum()
         picked[replaced] = x[torch.multinomial(weight, n_dead, replacement=True, generator=rng)][replaced]
-    if config.resample_centred:
-        picked -= p.b_dec
-    direction = picked / picked.norm(dim=1, keepdim=True).clamp_min(1e-12)
     alive_norm = p.W_enc_T[~dead].norm(dim=1).mean() if n_dead < len(dead) else p.W_enc_T.norm(dim=1).mean()
-    p.W_dec[dead], p.W_enc_T[dead], p.b_enc[dead] = direction, 0.2 * alive_norm * direction, 0.0
+    features = dead.nonzero()[:, 0]
+    bear(p, features, picked if config.birth_density is None else picked - p.b_dec, 0.2 * alive_norm)
+    if config.birth_density is not None:
+        make_rare(p, features, source.sample(SCALE_SAMPLE, "birth", state.step) * state.scale, config.birth_density)
     for moments in (state.m, state.v):
         moments.W_dec[dead], moments.W_enc_T[dead], moments.b_enc[dead] = 0.0, 0.0, 0.0
     state.age[dead], state.last_fired[dead] = 0, state.step
@@ -190,7 +199,7 @@ def train_sae(source: ActivationSource, sae_config: SAEConfig, config: TrainConf
     `d_in`, or if the checkpoint is damaged or belongs to another training.
     """
     resample_steps = {config.steps(share) for share in config.resample_at}
-    state = _resume(checkpoint, sae_config, config) or initial_state(source, sae_config)
+    state = _resume(checkpoint, sae_config, config) or initial_state(source, sae_config, config.birth_density)
     gradient = LossGradient(state.p, config.dtype)
     end = min(config.n_steps, stop_after or config.n_steps)
     began = time.monotonic() - (state.log[-1]["seconds"] if state.log else 0.0)

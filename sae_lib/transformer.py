@@ -107,10 +107,13 @@ def mlp_post(p: Parameters, layer: str, resid: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mlp_activations(model: Transformer, tokens: Int[Tensor, "batch pos"],
-                    keep: Int[Tensor, "batch kept"] | None = None) -> Float[Tensor, "batch kept d_mlp"]:
-    """Activations of the last layer's MLP neurons after the ReLU, at the positions `keep` (all if None)."""
-    p, cfg = parameters(model), model.cfg
+def mlp_activations(model: Transformer, tokens: Int[Tensor, "batch pos"], keep: Int[Tensor, "batch kept"] | None = None,
+                    p: Parameters | None = None) -> Float[Tensor, "batch kept d_mlp"]:
+    """Activations of the last layer's MLP neurons after the ReLU, at the positions `keep` (all if None).
+
+    `p` stands in for the model's own parameters: the same in lower precision, which is then the precision of everything.
+    """
+    p, cfg = p or parameters(model), model.cfg
     resid = before_last_mlp(p, tokens, cfg.n_heads, cfg.n_layers)
     if keep is not None:
         resid = resid.gather(1, keep[..., None].expand(-1, -1, resid.shape[-1]))

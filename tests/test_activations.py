@@ -15,8 +15,8 @@ def stream():
     # No token comes twice at one position, so that all rows differ.
     contexts = (1 + (torch.arange(24)[:, None] + torch.arange(16)) % 49).int()
     contexts[:, 5] = ActivationStream.END_OF_TEXT
-    config = StreamConfig(batch_size=20, tokens_per_context=15, chunk_contexts=8)
-    return ActivationStream(build(TINY), contexts, config)
+    config = StreamConfig(tokens_per_context=15, chunk_contexts=8)
+    return ActivationStream(build(TINY), contexts, 20, config)
 
 
 def rows(batches):
@@ -33,7 +33,7 @@ def test_batches_are_deterministic_and_start_anywhere(stream):
 def test_a_pass_has_no_repeated_row_and_no_end_of_text(stream):
     n = stream.activations_per_pass // 20
     one_pass = list(islice(stream.batches(), n))
-    acts = mlp_activations(stream.model, stream.contexts.long()).to(stream.dtype).float()
+    acts = mlp_activations(stream.model, stream.contexts.long(), None, stream.parameters).float()
     allowed = rows([acts[:, [i for i in range(16) if i != 5]].flatten(0, 1)])
     assert n == 18
     assert len(rows(one_pass)) == 360
@@ -41,7 +41,7 @@ def test_a_pass_has_no_repeated_row_and_no_end_of_text(stream):
 
 
 def test_a_batch_mixes_contexts(stream):
-    acts = mlp_activations(stream.model, stream.contexts.long()).to(stream.dtype).float()
+    acts = mlp_activations(stream.model, stream.contexts.long(), None, stream.parameters).float()
     context_of = {tuple(row): i for i, context in enumerate(acts.tolist()) for row in context}
     batch = next(stream.batches())
     assert len({context_of[tuple(row)] for row in batch.float().tolist()}) > 4
@@ -57,4 +57,4 @@ def test_samples_depend_on_purpose_and_step(stream):
 
 def test_too_few_contexts_are_refused():
     with pytest.raises(StudyError, match="fewer activations than one batch"):
-        ActivationStream(build(TINY), torch.ones(2, 16, dtype=torch.int32), StreamConfig(batch_size=64))
+        ActivationStream(build(TINY), torch.ones(2, 16, dtype=torch.int32), 64, StreamConfig())

@@ -26,7 +26,8 @@ def study(tmp_path, monkeypatch):
         SMOKE, name="tiny", corpus=replace(SMOKE.corpus, source=f"files:{tmp_path / 'text'}", target_tokens=8_000),
         tokens=replace(SMOKE.tokens, vocab_size=290, n_ctx=16, validation_fraction=0.1, test_fraction=0.1),
         transformer=replace(SMOKE.transformer, n_tokens=8_000, d_vocab=290, n_ctx=16, d_model=16, d_mlp=32, batch_contexts=8),
-        stream=replace(SMOKE.stream, batch_size=128, tokens_per_context=15), dictionary=train, sweep=train, sweep_l1=(1.0, 3.0),
+        stream=replace(SMOKE.stream, tokens_per_context=15), dictionary=train, sweep=replace(train, l1_coefficient=1.0),
+        sweep_l1=(1.0, 3.0),
         held_out_contexts=40, bootstrap=20, correction_activations=512)
     monkeypatch.setitem(PROFILES, "tiny", tiny)
     monkeypatch.setenv("SAE_ROOT", str(tmp_path))
@@ -45,7 +46,7 @@ def test_everything_is_made_once_and_loaded_after(study):
     loaded = study("load")
     assert set(detectors.context) == {"letters", "numbers"}
     assert won.low <= won.value <= won.high
-    assert sweep.l1.tolist() == [1.0, 3.0]
+    assert sweep.l1.tolist() == [1.0, 3.0, 1.0] and sweep.born.tolist() == ["rare", "rare", "as in the paper"]
     assert sweep.l0.iloc[1] < sweep.l0.iloc[0]
     assert loaded.superposition()[0].equals(detectors)
     assert torch.equal(loaded.dictionary().model.W_enc, made.dictionary().model.W_enc)

@@ -13,7 +13,7 @@ from sae_lib.errors import StudyError
 from sae_lib.metrics import mmcs
 from sae_lib.sae import SAEConfig
 from sae_lib.seeds import generator
-from sae_lib.train import TrainConfig, initial_state, l1_at, learning_rate, resample, train_sae
+from sae_lib.train import BIRTH_NORM, SCALE_SAMPLE, TrainConfig, initial_state, l1_at, learning_rate, resample, train_sae
 
 
 @pytest.fixture(autouse=True)
@@ -140,10 +140,10 @@ class Fixed:
         return self.x[torch.randint(3, (n,), generator=generator(0, purpose, step))]
 
 
-def resampled_by_hand(centred):
+def resampled_by_hand(birth_density=None):
     sae_config = SAEConfig(d_in=3, d_sae=4)
     config = TrainConfig(n_activations=1000, batch_size=10, l1_coefficient=0.0, resample_inputs=600, dead_window=0.1,
-                         resample_centred=centred)
+                         birth_density=birth_density)
     state = initial_state(Fixed(), sae_config)
     state.scale, state.step = 2.0, 50
     state.last_fired[:] = torch.tensor([50, 40, 41, 0])  # with a window of 10 the second and fourth are dead
@@ -151,7 +151,7 @@ def resampled_by_hand(centred):
     state.p.W_dec[:] = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     state.p.W_enc_T[:] = torch.tensor([[1.0, 0.0, 0.0], [7.0, 7.0, 7.0], [0.0, 1.0, 0.0], [7.0, 7.0, 7.0]])
     state.p.b_enc[:] = torch.tensor([0.0, -99.0, 0.0, -99.0])
-    state.p.b_dec[:] = torch.tensor([0.0, 2.0 if centred else 0.0, 0.0])
+    state.p.b_dec[:] = torch.tensor([0.0, 0.0 if birth_density is None else 2.0, 0.0])
     for moments in (state.m, state.v):
         for t in moments:
             t.fill_(1.0)
@@ -161,7 +161,7 @@ def resampled_by_hand(centred):
 
 
 def test_resampling_by_hand():
-    state, before, n = resampled_by_hand(centred=False)
+    state, before, n = resampled_by_hand()
     assert n == 2
     dead, alive = torch.tensor([1, 3]), torch.tensor([0, 2])
     # Input 3 is (0, 6, 8) scaled, of which (0, 0, 8) is not rebuilt: direction (0, 0.6, 0.8).
@@ -179,11 +179,26 @@ def test_resampling_by_hand():
     assert torch.equal(state.p.b_dec, before[3])
 
 
-def test_resampling_along_the_centred_input():
-    state, _, _ = resampled_by_hand(centred=True)
+def test_resampling_with_a_density_by_hand():
+    state, _, _ = resampled_by_hand(birth_density=0.5)
     # (0, 6, 8) - (0, 2, 0) = (0, 4, 8).
     expected = torch.tensor([0.0, 1.0, 2.0]) / 5 ** 0.5
     torch.testing.assert_close(state.p.W_dec[3], expected)
+    torch.testing.assert_close(state.p.W_enc_T[3], 0.2 * expected)
+    # A third of the inputs are (0, 6, 8), less than half; so the bias is that of the runner-up, (0, 2, 0) or (2, 0, 0).
+    runner_up = max(0.2 * (torch.tensor(x) * 2 - state.p.b_dec) @ expected for x in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0]))
+    torch.testing.assert_close(state.p.b_enc[3], -runner_up)
+
+
+def test_features_born_with_a_density_begin_along_inputs_and_as_rare_as_told():
+    toy, p = Toy(), initial_state(Toy(), SAE_CONFIG, birth_density=0.1).p
+    scale = initial_state(toy, SAE_CONFIG).scale
+    centred = toy.sample(SCALE_SAMPLE, "scale") * scale - p.b_dec
+    fired = (centred @ p.W_enc_T.T + p.b_enc > 1e-5).float().mean(0)
+    torch.testing.assert_close(fired, torch.full((64,), 0.1), atol=2e-3, rtol=0)
+    torch.testing.assert_close(p.W_enc_T, BIRTH_NORM * p.W_dec)
+    towards = toy.sample(64, "birth") * scale - p.b_dec
+    torch.testing.assert_close(p.W_dec, towards / towards.norm(dim=1, keepdim=True))
 
 
 def test_inputs_are_drawn_by_their_loss_squared_also_across_chunks(monkeypatch):

@@ -103,7 +103,9 @@ def _set_title(fig: go.Figure, claim: str) -> None:
     # A bold character of 16 pixels is up to 10.4 wide, a line 21 high.
     lines = textwrap.wrap(claim.strip(), int(0.96 * fig.layout.width / 10.4))
     rows = 21 * len(lines) + (18 * (1 + subtitle.count("<br>")) if subtitle else 0)
-    fig.update_layout(title={"text": "<br>".join(f"<b>{line}</b>" for line in lines)})
+    # Plotly sets a title of several lines half a line too high.
+    top = 16 + 11 * (len(lines) > 1)
+    fig.update_layout(title={"text": "<br>".join(f"<b>{line}</b>" for line in lines), "pad": {"t": top}})
     fig.update_layout(margin={"t": max(fig.layout.margin.t or 0, 42 + rows), "l": 70, "r": 40, "b": 60})
 
 

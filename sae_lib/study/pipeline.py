@@ -23,7 +23,7 @@ from sae_lib import tokens as tokens_module
 from sae_lib.activations import ActivationStream
 from sae_lib.errors import StudyError
 from sae_lib.evaluate import Text, best_detectors, count_won, held_out_pass
-from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums
+from sae_lib.metrics import Interval, bootstrap_interval, density_summary, pearson_from_sums
 from sae_lib.precision import low_precision
 from sae_lib.pretrain import train_transformer
 from sae_lib.sae import SAE, SAEConfig
@@ -34,7 +34,7 @@ from sae_lib.study.export import find_browser
 from sae_lib.study.profiles import PROFILES
 from sae_lib.study.scorecard import Scorecard
 from sae_lib.tokens import TokenData
-from sae_lib.train import train_sae
+from sae_lib.train import TrainConfig, train_sae
 from sae_lib.transformer import Transformer, TransformerConfig, load_transformer, save_transformer, shuffle_weights
 
 SWEEP_CONTEXTS = 384  # held-out contexts on which the short trainings are compared
@@ -148,11 +148,10 @@ class Study:
     # --- dictionaries -------------------------------------------------------------------------------------------------
 
     def stream(self, which: str = "A", batch_size: int | None = None) -> ActivationStream:
-        """Training activations of a transformer."""
+        """Training activations of a transformer, in batches of the main dictionary's size unless told."""
         config = replace(self.profile.stream, seed=2 * self.seed + (which == "B"))
-        if batch_size:
-            config = replace(config, batch_size=batch_size)
-        return ActivationStream(self.transformer(which).model, self.contexts("train"), config)
+        return ActivationStream(self.transformer(which).model, self.contexts("train"),
+                                batch_size or self.profile.dictionary.batch_size, config)
 
     def _sae_config(self, on: str) -> SAEConfig:
         transformer = self.profile.transformer
@@ -165,7 +164,7 @@ class Study:
         transformer = self.transformer(on)
 
         def make(out: Path, checkpoint: Path) -> None:
-            sae, log = train_sae(self.stream(on, train.batch_size), config, train, checkpoint / "dictionary.safetensors")
+            sae, log = train_sae(self.stream(on), config, train, checkpoint / "dictionary.safetensors")
             sae.metadata["dataset_path"] = self.profile.corpus.source
             sae.save(out)
             log.to_json(out / "log.json", orient="records")
@@ -188,25 +187,31 @@ class Study:
         return apply_correction(dictionary.model, Correction(**load_file(artefact.path / "correction.safetensors")))
 
     def sparsity_sweep(self) -> pd.DataFrame:
-        """Short trainings that differ in the L1 coefficient alone: columns l1, l0, loss recovered (value, low, high), explained
-        variance, dead (share of features never active on the text evaluated)."""
+        """Short trainings that differ in the L1 coefficient alone, and one that differs in how features are born.
+
+        Columns: l1; born ("rare", or "as in the paper": with Kaiming weights); l0; loss recovered (value, low, high); explained
+        (variance); dead (share of features never active on the text evaluated); median_density of the others.
+        """
         config, text, model = self._sae_config("A"), self.held_out("test").first(SWEEP_CONTEXTS), self.transformer("A")
         draws = {"seed": self.seed, "n_boot": self.profile.bootstrap}
+        short = replace(self.profile.sweep, seed=self.seed)
+        trainings = [replace(short, l1_coefficient=l1) for l1 in self.profile.sweep_l1] + [replace(short, birth_density=None)]
 
-        def one(l1_coefficient: float, checkpoint: Path) -> dict:
-            train = replace(self.profile.sweep, l1_coefficient=l1_coefficient, seed=self.seed)
-            stream = self.stream("A", train.batch_size)
-            sae, _ = train_sae(stream, config, train, checkpoint / f"{l1_coefficient:g}.safetensors")
+        def one(train: TrainConfig, checkpoint: Path) -> dict:
+            sae, _ = train_sae(self.stream("A", train.batch_size), config, train, checkpoint)
             found = held_out_pass(model.model, text, sae)
-            recovered = found.loss_recovered("zero", **draws)
-            return {"l1": l1_coefficient, "l0": found.average("l0", **draws).value, **recovered._asdict(),
-                    "explained": found.explained_variance(**draws).value, "dead": (found.fired == 0).double().mean().item()}
+            density = density_summary(found.fired, len(found.document))
+            return {"l1": train.l1_coefficient, "born": "as in the paper" if train.birth_density is None else "rare",
+                    "l0": found.average("l0", **draws).value, **found.loss_recovered("zero", **draws)._asdict(),
+                    "explained": found.explained_variance(**draws).value, "dead": density.dead,
+                    "median_density": density.median_live}
 
         def make(out: Path, checkpoint: Path) -> None:
-            pd.DataFrame([one(l1, checkpoint) for l1 in self.profile.sweep_l1]).to_json(out / "sweep.json", orient="records")
+            rows = [one(train, checkpoint / f"{i}.safetensors") for i, train in enumerate(trainings)]
+            pd.DataFrame(rows).to_json(out / "sweep.json", orient="records")
 
-        everything = {"sae": asdict(config), "train": asdict(replace(self.profile.sweep, seed=self.seed)),
-                      "l1": self.profile.sweep_l1, "stream": asdict(self.profile.stream), "held_out": len(text.contexts)}
+        everything = {"sae": asdict(config), "trainings": [asdict(train) for train in trainings],
+                      "stream": asdict(self.profile.stream), "held_out": len(text.contexts)}
         artefact = self.store.stage("sparsity_sweep", everything, make, inputs=[model.artefact, self._tokens])
         return pd.read_json(artefact.path / "sweep.json", orient="records")
 
