@@ -228,8 +228,8 @@ print(f"Born rare: {same.dead:.1%} dead, the median living feature fires on {sam
 # %% [markdown]
 # ## 6 · Features against neurons
 #
-# **Claim.** For about half of the special contexts, and for nearly every script among them, some feature is a far better
-# detector than any neuron. For languages in Latin letters the lead is small.
+# **Claim.** For most of the special contexts some feature is a far better detector than any neuron: scripts, languages, DNA,
+# base64. The exceptions are contexts that look much like their neighbours, such as one configuration format among several.
 #
 # This is superposition made visible: the model has no neuron for these contexts, but it has a direction. Both sides choose
 # their best unit on the validation text and are measured on the test text.

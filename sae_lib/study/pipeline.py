@@ -26,6 +26,7 @@ from sae_lib.evaluate import Text, best_detectors, count_won, held_out_pass
 from sae_lib.metrics import Interval, bootstrap_interval, density_summary, pearson_from_sums
 from sae_lib.precision import low_precision
 from sae_lib.pretrain import train_transformer
+from sae_lib.proxies import token_bytes
 from sae_lib.sae import SAE, SAEConfig
 from sae_lib.shrinkage import Correction, apply_correction, fit_correction
 from sae_lib.study import environment, paths
@@ -81,7 +82,7 @@ class Study:
                                 fingerprint=self._fingerprint)
 
     @cached_property
-    def _tokens(self) -> Artefact:
+    def tokens_artefact(self) -> Artefact:
         def make(out: Path, _: Path) -> None:
             tokenizer = Tokenizer.from_file(str(self._tokenizer.path / "tokenizer.json"))
             budgets = corpus_module.budgets(self.profile.corpus)
@@ -93,7 +94,12 @@ class Study:
     @cached_property
     def tokens(self) -> TokenData:
         """The tokenised corpus, split by document."""
-        return TokenData.open(self._tokens.path)
+        return TokenData.open(self.tokens_artefact.path)
+
+    @cached_property
+    def vocabulary(self) -> list[bytes]:
+        """The bytes of every token, by id."""
+        return token_bytes(self.tokens.tokenizer)
 
     def contexts(self, split: str) -> Tensor:
         """All contexts of a split, int32 [n_contexts, n_ctx]."""
@@ -140,7 +146,7 @@ class Study:
             save_transformer(model, out / "weights.safetensors")
             log.to_json(out / "log.json", orient="records")
 
-        inputs = [self.transformer("A").artefact] if which == "random" else [self._tokens]
+        inputs = [self.transformer("A").artefact] if which == "random" else [self.tokens_artefact]
         artefact = self.store.stage(f"transformer_{which}", asdict(config) | {"kind": which}, make, inputs=inputs)
         return Trained(load_transformer(artefact.path / "weights.safetensors", config),
                        pd.read_json(artefact.path / "log.json", orient="records"), artefact)
@@ -153,14 +159,14 @@ class Study:
         return ActivationStream(self.transformer(which).model, self.contexts("train"),
                                 batch_size or self.profile.dictionary.batch_size, config)
 
-    def _sae_config(self, on: str) -> SAEConfig:
+    def _sae_config(self, on: str, expansion: int | None = None) -> SAEConfig:
         transformer = self.profile.transformer
-        return SAEConfig(d_in=transformer.d_mlp, d_sae=self.profile.d_sae, seed=self.seed, model_name=f"transformer_{on}",
-                         hook_name=transformer.hook_name, context_size=transformer.n_ctx)
+        return SAEConfig(d_in=transformer.d_mlp, d_sae=(expansion or self.profile.expansion) * transformer.d_mlp, seed=self.seed,
+                         model_name=f"transformer_{on}", hook_name=transformer.hook_name, context_size=transformer.n_ctx)
 
-    def dictionary(self, on: str = "A") -> Trained:
-        """The main dictionary, trained on a transformer's activations."""
-        config, train = self._sae_config(on), replace(self.profile.dictionary, seed=self.seed)
+    def dictionary(self, on: str = "A", expansion: int | None = None) -> Trained:
+        """The dictionary trained on a transformer's activations, of the main width unless another expansion is given."""
+        config, train = self._sae_config(on, expansion), replace(self.profile.dictionary, seed=self.seed)
         transformer = self.transformer(on)
 
         def make(out: Path, checkpoint: Path) -> None:
@@ -170,8 +176,8 @@ class Study:
             log.to_json(out / "log.json", orient="records")
 
         everything = {"sae": asdict(config), "train": asdict(train), "stream": asdict(self.profile.stream)}
-        artefact = self.store.stage(f"sae_{self.profile.expansion}x_{on}", everything, make,
-                                    inputs=[transformer.artefact, self._tokens])
+        artefact = self.store.stage(f"sae_{expansion or self.profile.expansion}x_{on}", everything, make,
+                                    inputs=[transformer.artefact, self.tokens_artefact])
         return Trained(SAE.load(artefact.path), pd.read_json(artefact.path / "log.json", orient="records"), artefact)
 
     def corrected_dictionary(self, on: str = "A") -> SAE:
@@ -212,7 +218,7 @@ class Study:
 
         everything = {"sae": asdict(config), "trainings": [asdict(train) for train in trainings],
                       "stream": asdict(self.profile.stream), "held_out": len(text.contexts)}
-        artefact = self.store.stage("sparsity_sweep", everything, make, inputs=[model.artefact, self._tokens])
+        artefact = self.store.stage("sparsity_sweep", everything, make, inputs=[model.artefact, self.tokens_artefact])
         return pd.read_json(artefact.path / "sweep.json", orient="records")
 
     def superposition(self) -> tuple[pd.DataFrame, Interval]:
@@ -241,7 +247,7 @@ class Study:
 
         # Measured on this environment's own text, so a committed one would not do.
         artefact = self.store.stage("superposition", draws | {"contexts": self.special_contexts}, make, reference=False,
-                                    inputs=[model.artefact, dictionary.artefact, self._tokens])
+                                    inputs=[model.artefact, dictionary.artefact, self.tokens_artefact])
         won = Interval(**json.loads((artefact.path / "won.json").read_text()))
         return pd.read_json(artefact.path / "detectors.json", orient="records"), won
 
