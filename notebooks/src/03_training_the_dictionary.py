@@ -222,8 +222,8 @@ study.show(fig, "03-sparsity-fidelity", claim="Fewer active features, less of th
 
 # %%
 same = rare[rare.l1 == dense.l1].iloc[0]
-print(f"Born rare: {same.dead:.1%} dead, the median living feature fires on {same.median_density:.2%} of tokens. "
-      f"Born as in the paper: {dense.dead:.1%} dead, {dense.median_density:.2%}.")
+print(f"Born rare: {same.dead:.1%} dead, the median living feature fires on {same.median_density:.3%} of tokens. "
+      f"Born as in the paper: {dense.dead:.1%} dead, {dense.median_density:.3%}.")
 
 # %% [markdown]
 # ## 6 · Features against neurons
