@@ -79,7 +79,7 @@ print(f"{sae.W_dec.shape[0]:,} features for {sae.W_dec.shape[1]} neurons; loss h
 # %% [markdown]
 # ## 2 · How it trained
 #
-# **Claim.** The number of active features falls within the first steps and settles; the loss falls long after that.
+# **Claim.** The loss falls fast at first; the number of active features goes on falling long after that, and the loss with it.
 #
 # Two steps of the recipe keep the decoder honest: the part of its gradient that would only lengthen a direction is taken
 # out before Adam sees it, and the norm is set back to 1 after the step. Features that have not fired for a while are
@@ -211,11 +211,11 @@ sweep
 # %%
 rare, dense = sweep[sweep.born == "rare"], sweep[sweep.born != "rare"].iloc[0]
 fig = go.Figure(go.Scatter(x=rare.l0, y=rare.value, mode="lines+markers+text", text=[f"λ = {v:g}" for v in rare.l1], name="short trainings",
-                           textposition="top left", error_y=dict(array=rare.high - rare.value, arrayminus=rare.value - rare.low)))
+                           textposition=["top left"] * (len(rare) - 1) + ["bottom right"], error_y=dict(array=rare.high - rare.value, arrayminus=rare.value - rare.low)))
 fig.add_scatter(x=[dense.l0], y=[dense.value], mode="markers", marker=dict(size=12, symbol="diamond-open"), name=f"born as in the paper (λ = {dense.l1:g})")
 fig.add_scatter(x=[n.value], y=[r.value], mode="markers", marker=dict(size=14, symbol="star"), name="main dictionary")
 fig.add_scatter(x=[4.9], y=[0.79], mode="markers", marker=dict(size=12, symbol="x"), name="the paper's A/1")
-fig.update_layout(xaxis=dict(title="active features per token (L0)", type="log"), yaxis=dict(title="loss recovered", tickformat=".0%"))
+fig.update_layout(xaxis=dict(title="active features per token (L0)", type="log", tickvals=[2, 5, 10, 20, 50, 100, 200]), yaxis=dict(title="loss recovered", tickformat=".0%"))
 study.show(fig, "03-sparsity-fidelity", claim="Fewer active features, less of the loss recovered",
            alt=f"Loss recovered against L0 for {len(rare)} short trainings, from {rare.value.min():.1%} at L0 {rare.l0.min():.1f} to {rare.value.max():.1%} at {rare.l0.max():.1f}; "
                f"the main dictionary at L0 {n.value:.1f} and {r.value:.1%}; one born as in the paper at L0 {dense.l0:.1f} and {dense.value:.1%}, {dense.dead:.0%} dead.")
