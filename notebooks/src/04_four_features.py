@@ -177,20 +177,21 @@ def levels(name, kind, number):
 
 
 # %%
-def draw(units, name, alt):
+def draw(units):
     """The panels of units {caption: (context, kind, number)} as a figure, and the share of their weight that is in the context."""
     found = {caption: found for caption, unit in units.items() if (found := levels(*unit))}
     share = {c: (lv := by[split_by[units[c][0]]]).weight_in_context.sum() / lv.weight.sum() for c, by in found.items()}
-    if not found:
-        return share
-    claim = f"{min(share.values()):.0%} to {max(share.values()):.0%} of the activation of these {len(share)} units is in their contexts"
-    study.show(panels.level_figure(found, {c: split_by[units[c][0]] for c in found}), name, claim=claim,
-               alt=f"{alt} Share of the summed activation that is in the context: " + "; ".join(f"{c.replace('<br>', ' ')} {s:.0%}" for c, s in share.items()) + ".")
-    return share
+    return panels.level_figure(found, {c: split_by[units[c][0]] for c in found}), pd.Series(share)
 
 
-specific = draw({f"{name}<br>feature {n}": (name, "feature", n) for name, n in chosen["feature"].items()}, "04-specificity",
-                "For each feature three panels: active tokens by level of activation, the same weighted by activation, and the share in the context.")
+def in_words(share):
+    return "Share of the summed activation that is in the context: " + "; ".join(f"{c.replace('<br>', ', ')} {s:.0%}" for c, s in share.items()) + "."
+
+
+# %%
+fig, specific = draw({f"{name}<br>feature {n}": (name, "feature", n) for name, n in chosen["feature"].items()})
+study.show(fig, "04-specificity", claim=f"{specific.min():.0%} to {specific.max():.0%} of the activation of these {len(specific)} features is in their contexts",
+           alt="For each feature three panels: active tokens by level of activation, the same weighted by activation, and the share in the context. " + in_words(specific))
 
 # %% [markdown]
 # **Sensitivity** asks the other way round: of the context's tokens, on how many is the feature active? A feature may miss the
@@ -360,7 +361,9 @@ pd.DataFrame(rows)
 # %%
 two = {f"{name}<br>{'best' if kind == 'neuron' else 'largest'} {n}": (name, "neuron", n)
        for name in CONTEXTS for kind in ("neuron", "largest-weight neuron") for n in [chosen[kind][name]]}
-mixed = draw(two, "04-neurons", "The same three panels for the neuron that follows each context best and for the neuron with the largest weight in its feature.")
+fig, mixed = draw(two)
+study.show(fig, "04-neurons", claim=f"{mixed.min():.0%} to {mixed.max():.0%} of the activation of these {len(mixed)} neurons is in the contexts",
+           alt="The same three panels for the neuron that follows each context best and for the neuron with the largest weight in its feature. " + in_words(mixed))
 
 # %% [markdown]
 # And their strongest examples, by the label of the text they are on:
