@@ -20,12 +20,11 @@ from torch import Tensor
 from sae_lib.activations import ActivationStream
 from sae_lib.automata import continues
 from sae_lib.compare import live_units, select_tokens
-from sae_lib.effects import steered_sample
 from sae_lib.errors import StudyError
 from sae_lib.evaluate import Text
 from sae_lib.metrics import Interval, bootstrap_interval
 from sae_lib.seeds import numpy_generator
-from sae_lib.transformer import Transformer, mlp_activations
+from sae_lib.transformer import Transformer, mlp_activations, sample
 
 
 def their_documents(table: csc_array, text: Text, states: Sequence[int]) -> Bool[np.ndarray, " n_tokens"]:
@@ -108,7 +107,7 @@ def verify(model: Transformer, encode: Callable[[Tensor], Tensor], states: Seque
     seeds = numpy_generator(seed, "verify").integers(2**31, size=len(chosen)).tolist()
     sums, times = [], []
     for (context, position), sample_seed in zip(chosen, seeds, strict=True):
-        tokens = steered_sample(model, text.contexts[context, :position + 1], n_tokens, None, sample_seed, n_samples)
+        tokens = sample(model, text.contexts[context, :position + 1], n_tokens, sample_seed, n_samples)
         keep = torch.arange(position, position + n_tokens + 1).expand(n_samples, -1)
         fires = encode(mlp_activations(model, tokens, keep).flatten(0, 1))[:, units].unflatten(0, (n_samples, -1)) > 0
         goes_on = (tokens[:, position + 1:] != ActivationStream.END_OF_TEXT).cumprod(1).bool()

@@ -1,16 +1,18 @@
-"""Other ways to cut activations into units: PCA, ICA, random directions, and the neurons themselves (Cunningham et al., C3).
+"""Other ways to cut activations into units: PCA, ICA and random directions (Cunningham et al., C3).
 
 Each is an `encode` from MLP activations to units of which none is negative, as `features.activation_table` wants it. A
 component's sign means nothing to PCA and ICA, and the paper sets negative values to zero: every component is turned so that
 it is skewed to the positive side on the sample, which is the side that sparse peaks are on, and its negative part is dropped.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.decomposition import PCA, FastICA
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from sae_lib.errors import StudyError
@@ -26,11 +28,6 @@ class Projection(NamedTuple):
 
     def encode(self, acts: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n n_units"]:
         return ((acts - self.mean) @ self.directions).relu()
-
-
-def neurons(acts: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_mlp"]:
-    """The units are the neurons: activations as they are."""
-    return acts
 
 
 def random_directions(d_mlp: int, n_units: int, seed: int = 0) -> Projection:
@@ -50,11 +47,14 @@ def pca(sample: Float[Tensor, "n d_mlp"], n_units: int) -> Projection:
 def ica(sample: Float[Tensor, "n d_mlp"], n_units: int, seed: int = 0, max_iter: int = 200) -> Projection:
     """Independent components (FastICA) of a sample, each of variance one on it; more rows and rounds find better ones.
 
+    Hundreds of components do not converge within a sensible number of rounds: what `max_iter` gives is what there is.
     Raises StudyError for more units than the sample has.
     """
     _check(sample, n_units)
     state = int(numpy_generator(seed, "ica").integers(2**31))
-    found = FastICA(n_units, whiten="unit-variance", max_iter=max_iter, random_state=state).fit(sample.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = FastICA(n_units, whiten="unit-variance", max_iter=max_iter, random_state=state).fit(sample.numpy())
     return _projection(sample, found.components_.T, found.mixing_.T, found.mean_)
 
 

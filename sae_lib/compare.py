@@ -1,23 +1,20 @@
-"""Dictionary against dictionary: universality, splitting, and the map of features (Bricken et al.; paper_facts B11, B17).
+"""Dictionary against dictionary: universality (Bricken et al.; paper_facts B11). Dictionaries of several widths: splitting.py.
 
 Two unit tables over the same tokens are compared by what fires when. A table holds a few active units a token, so that all
 pairs are had from one sparse product. Neurons are compared by the same functions, on fewer tokens, for they fire more often.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Float64, Int
-from scipy.sparse import block_array, csc_array, csr_array, vstack
-from scipy.sparse.csgraph import connected_components
-from sklearn.cluster import HDBSCAN
+from scipy.sparse import csc_array
 from torch import Tensor
 
 from sae_lib.errors import StudyError
-from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums
+from sae_lib.metrics import Interval, half_sample_interval, pearson_from_sums
 from sae_lib.seeds import numpy_generator
 
 DENSE = 0.1  # share of entries above 0 from which dense products are the quicker
@@ -42,12 +39,14 @@ def select_tokens(table: csc_array, keep: Bool[np.ndarray, " n_tokens"]) -> csc_
     return csc_array((table.data[kept], index[table.indices[kept]], ends), shape=(int(keep.sum()), table.shape[1]))
 
 
-def _check_same_tokens(a: csc_array, b: csc_array) -> None:
+def check_same_tokens(a: csc_array, b: csc_array) -> None:
+    """Raises StudyError if two tables are not over the same number of tokens."""
     if a.shape[0] != b.shape[0]:
         raise StudyError(f"The tables are over {a.shape[0]} and {b.shape[0]} tokens; make both from the same text.")
 
 
-def _column_sums(table: csc_array) -> tuple[np.ndarray, np.ndarray]:
+def column_sums(table: csc_array) -> tuple[Float64[np.ndarray, " n_units"], Float64[np.ndarray, " n_units"]]:
+    """Sums of each unit's activations and of their squares."""
     exact = table.astype(np.float64)
     return exact.sum(axis=0), (exact * exact).sum(axis=0)
 
@@ -79,8 +78,8 @@ def table_correlations(a: csc_array, b: csc_array, chunk: int = 256) -> BestMatc
 
     Raises StudyError if the tables are not over the same number of tokens.
     """
-    _check_same_tokens(a, b)
-    (x, xx), (y, yy), rows = _column_sums(a), _column_sums(b), b.tocsr().astype(np.float64)
+    check_same_tokens(a, b)
+    (x, xx), (y, yy), rows = column_sums(a), column_sums(b), b.tocsr().astype(np.float64)
     dense = _dense_products(a, b) if min(t.nnz / np.prod(t.shape) for t in (a, b)) > DENSE else None
     unit, correlation = np.full(a.shape[1], -1), np.full(a.shape[1], np.nan)
     for start in range(0, a.shape[1], chunk):
@@ -120,7 +119,7 @@ def pair_correlations(a: csc_array, b: csc_array, pairs: Int[np.ndarray, "pairs 
 
     nan if the first unit is silent, 0 if the second alone is. Raises StudyError if the tables are not over the same tokens.
     """
-    _check_same_tokens(a, b)
+    check_same_tokens(a, b)
     return _pair_pearson(_pair_sums(a, b, pairs, np.zeros(a.shape[0], dtype=np.int64), 1)[0])
 
 
@@ -129,6 +128,8 @@ class Universality(NamedTuple):
 
     median: Interval
     """Median over units of the correlation with their match."""
+    lean: float
+    """How much too high the median is for want of documents (too low, if negative); not taken out of it."""
     units: pd.DataFrame
     """A row a unit: unit, match, chosen (the correlation on the half the match was chosen on), correlation (on the other)."""
 
@@ -138,14 +139,16 @@ def universality(a: csc_array, b: csc_array, document: Int[np.ndarray, " n_token
     """The correlation of each live unit of `a` with its best match in `b`, and the median (B11: features 0.72, neurons 0.46).
 
     Unlike the paper's, matches are chosen on one half of the documents and measured on the other, so that the best of many
-    is not flattered by chance. The interval is for the matches as chosen: it draws the measured documents with replacement,
-    gathered at random into at most `n_groups` groups, for the sums of all pairs over every document would not fit in memory.
+    is not flattered by chance. The interval is for the matches as chosen, from `n_boot` halves of the measured documents
+    (`half_sample_interval`), gathered at random into at most `n_groups` groups, for the sums of all pairs over every document
+    would not fit in memory. It is no bootstrap: a draw of documents with replacement misses a third of the few documents that
+    carry a rare unit's correlation. That moves the medians of all draws to one side, and all may lie below the value.
     Units of `a` that fire on fewer than `min_fired` tokens, or on none of a half, are left out; a match that falls silent
     on the measured half counts as 0.
 
     Raises StudyError if the tables are not over the same tokens, there are too few documents, or nothing fires.
     """
-    _check_same_tokens(a, b)
+    check_same_tokens(a, b)
     documents, index = np.unique(document, return_inverse=True)
     if len(documents) < 4:
         raise StudyError(f"Universality wants at least four documents and there are {len(documents)}; use more held-out text.")
@@ -159,9 +162,10 @@ def universality(a: csc_array, b: csc_array, document: Int[np.ndarray, " n_token
     n_groups = min(n_groups, len(documents) // 2)
     pairs = np.stack([unit, match.unit[unit]], axis=1)
     sums = _pair_sums(a_measured, b_measured, pairs, (rank // 2 % n_groups)[index][measuring], n_groups)
-    median = bootstrap_interval(sums.reshape(n_groups, -1), n_boot=n_boot, seed=seed,
-                                statistic=lambda t: np.nanmedian(_pair_pearson(t.reshape(*t.shape[:-1], 6, -1)), axis=-1))
-    return Universality(median, pd.DataFrame({"unit": unit, "match": pairs[:, 1], "chosen": match.correlation[unit],
+    median, lean = half_sample_interval(
+        sums.reshape(n_groups, -1), n_boot=n_boot, seed=seed,
+        statistic=lambda t: np.nanmedian(_pair_pearson(t.reshape(*t.shape[:-1], 6, -1)), axis=-1))
+    return Universality(median, lean, pd.DataFrame({"unit": unit, "match": pairs[:, 1], "chosen": match.correlation[unit],
                                               "correlation": _pair_pearson(sums.sum(0))}))
 
 
@@ -180,100 +184,3 @@ def logit_correlation(weights_a: Float[Tensor, "n_a d_vocab"], weights_b: Float[
         xx, yy, xy = ((left * right).sum(1).numpy() for left, right in ((x, x), (y, y), (x, y)))
         found.append(pearson_from_sums(x.shape[1], 0.0, 0.0, xx, yy, xy))
     return np.concatenate(found)
-
-
-# --- splitting -------------------------------------------------------------------------------------------------------
-
-
-def masked_cosine(a: csc_array, b: csc_array, threshold: float = 0.4, min_fired: int = 10, chunk: int = 256) -> csr_array:
-    """Links between the units of two dictionaries: [n_a, n_b], the masked cosines above `threshold` (B17; the paper's fn 32).
-
-    The cosine of the activations of i and j over the tokens that i fires on, or over those that j fires on, whichever is
-    larger: a narrow unit is linked to a wide one if, where it fires, the other does likewise. Units of either side that
-    fire on fewer than `min_fired` tokens have no links.
-
-    Raises StudyError if the tables are not over the same number of tokens.
-    """
-    _check_same_tokens(a, b)
-    (_, aa), (_, bb), rows = _column_sums(a), _column_sums(b), b.tocsr().astype(np.float64)
-    squares, fires = (csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
-                      for data in (rows.data ** 2, np.ones_like(rows.data)))
-    live_a, live_b = live_units(a, min_fired), live_units(b, min_fired)
-    blocks = []
-    for start in range(0, a.shape[1], chunk):
-        part = a[:, start:start + chunk].astype(np.float64).T
-        dot = (part @ rows).toarray()
-        where_a_fires = aa[start:start + chunk, None] * ((part > 0).astype(np.float64) @ squares).toarray()
-        where_b_fires = bb * ((part * part) @ fires).toarray()
-        cosine = dot / np.sqrt(np.where(dot > 0, np.minimum(where_a_fires, where_b_fires), 1.0))
-        cosine[(cosine <= threshold) | ~live_a[start:start + chunk, None] | ~live_b] = 0
-        blocks.append(csr_array(cosine))
-    return vstack(blocks, format="csr")
-
-
-def splits(links: Sequence[csr_array], unit: int) -> pd.DataFrame:
-    """What becomes of a unit of the narrowest dictionary in wider ones: a row for each link that leads on from it.
-
-    `links[k]` links dictionary k to dictionary k + 1. Columns: dictionary (1 for the one after the narrowest), parent (a unit
-    of the dictionary before), unit, cosine; the strongest links of a parent first. Splits also merge, so a unit may have
-    several parents.
-    """
-    rows: list[tuple[int, int, int, float]] = []
-    parents = [unit]
-    for dictionary, level in enumerate(links, start=1):
-        found = level[parents].tocoo()
-        order = np.lexsort([-found.data, found.row])
-        rows += [(dictionary, parents[i], int(j), float(c))
-                 for i, j, c in zip(found.row[order], found.col[order], found.data[order], strict=True)]
-        parents = np.unique(found.col).tolist()
-    return pd.DataFrame(rows, columns=["dictionary", "parent", "unit", "cosine"])
-
-
-def families(links: Sequence[csr_array]) -> pd.DataFrame:
-    """Units of all dictionaries that hang together by links, directly or not; those without a link are left out.
-
-    `links` as for `splits`. Columns: family (0 is the largest), dictionary (0 is the narrowest), unit.
-    """
-    sizes = [links[0].shape[0], *(level.shape[1] for level in links)]
-    blocks = [[None] * len(sizes) for _ in sizes]
-    for k, level in enumerate(links):
-        blocks[k][k + 1] = level
-    blocks[-1][0] = csr_array((sizes[-1], sizes[0]))  # gives the first column and the last row their sizes
-    _, family = connected_components(block_array(blocks), directed=False)
-    nodes = pd.DataFrame({"family": family, "dictionary": np.repeat(np.arange(len(sizes)), sizes),
-                          "unit": np.concatenate([np.arange(size) for size in sizes])})
-    members = nodes.family.value_counts()
-    members = members[members > 1]
-    nodes = nodes[nodes.family.isin(members.index)]
-    number = {name: i for i, name in enumerate(sorted(members.index, key=lambda name: (-members[name], name)))}
-    return nodes.assign(family=nodes.family.map(number)).sort_values(["family", "dictionary", "unit"], ignore_index=True)
-
-
-def decoder_map(decoders: Sequence[Float[Tensor, "_ d_in"]], seed: int = 0,
-                keep: Sequence[Bool[np.ndarray, " _"]] | None = None, min_dist: float = 0.05) -> pd.DataFrame:
-    """A map of dictionary elements: UMAP of the decoder rows of all dictionaries, and clusters of those near each other (B17).
-
-    `keep` leaves units out, such as those that are not live. Columns: x, y (UMAP with 15 neighbours, cosine, `min_dist`),
-    cluster (HDBSCAN of at least 3, on a UMAP of 10 dimensions and min_dist 0.1; -1 for none), dictionary (its place in
-    `decoders`), unit. The same seed gives the same map.
-
-    Raises StudyError if there are 15 elements or fewer.
-    """
-    from umap import UMAP  # compiles for seconds when imported
-
-    keep = keep or [np.ones(len(rows), dtype=bool) for rows in decoders]
-    unit = [np.flatnonzero(mask) for mask in keep]
-    rows = np.concatenate([decoder.detach().float().numpy()[units] for decoder, units in zip(decoders, unit, strict=True)])
-    if len(rows) <= 15:
-        raise StudyError(f"A map with 15 neighbours each wants more than {len(rows)} dictionary elements; give more.")
-    state = int(numpy_generator(seed, "decoder-map").integers(2**31))
-
-    def embed(n_components: int, min_dist: float) -> np.ndarray:
-        # One thread is what a fixed seed leads to in any case; asked for, it gives no warning.
-        return UMAP(n_components=n_components, n_neighbors=15, metric="cosine", min_dist=min_dist, random_state=state,
-                    n_jobs=1).fit_transform(rows)
-
-    x, y = embed(2, min_dist).T
-    cluster = HDBSCAN(min_cluster_size=3, copy=True).fit_predict(embed(min(10, len(rows) - 2), 0.1))
-    return pd.DataFrame({"x": x, "y": y, "cluster": cluster, "unit": np.concatenate(unit),
-                         "dictionary": np.repeat(np.arange(len(unit)), [len(units) for units in unit])})

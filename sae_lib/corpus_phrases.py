@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from babel import Locale, dates, lists, numbers, units
 
-DOCUMENT_CHARS = (300, 900)
+# Short, so that even the little text held out of a rare context holds many documents.
+DOCUMENT_CHARS = (220, 480)
 Random = np.random.Generator
 
 
@@ -104,7 +105,7 @@ def _phrases(identifier: str) -> _Phrases:
 
 
 def locale_document(identifier: str, rng: Random) -> str:
-    """A document of 300-900 characters in the language of a CLDR locale."""
+    """A document of about 220-480 characters in the language of a CLDR locale."""
     return _phrases(identifier).document(rng)
 
 
@@ -125,10 +126,10 @@ def hex_document(data: bytes, rng: Random) -> str:
 
 
 def encoded_documents(data: bytes, rng: Random, encode: Callable[[bytes, Random], str]) -> Iterator[str]:
-    """Up to two pieces of a binary file as text; not its head, where formats keep names and zeros."""
+    """Up to four pieces of a binary file as text; not its head, where formats keep names and zeros."""
     start = 512
-    for _ in range(2):
-        end = start + int(rng.integers(300, 1000))
+    for _ in range(4):
+        end = start + int(rng.integers(170, 400))
         if end > len(data):
             break
         yield encode(data[start:end], rng)
@@ -144,8 +145,8 @@ _USAGE = """17.6 20.3 7.7 12.9 15.2 17.7 12.2 4.4 12.2 15.3 0 0 10.6 12.6 0 13.2
 
 
 def dna_document(rng: Random) -> str:
-    """A generated gene of 150-500 codons, drawn by human codon usage, in lines of 60 or 70 letters as in FASTA files."""
+    """A generated gene of 70-170 codons, drawn by human codon usage, in lines of 60 or 70 letters as in FASTA files."""
     usage = np.array(_USAGE.split(), dtype=float)
-    body = rng.choice(_CODONS, int(rng.integers(150, 500)), p=usage / usage.sum())
+    body = rng.choice(_CODONS, int(rng.integers(70, 170)), p=usage / usage.sum())
     gene = "ATG" + "".join(body) + _one(rng, _STOPS)
     return _lines(gene if rng.random() < 0.7 else gene.lower(), int(_one(rng, (60, 70))))

@@ -23,18 +23,7 @@ from sae_lib.errors import StudyError
 from sae_lib.metrics import Interval, bootstrap_interval
 from sae_lib.proxies import SCRIPTS, Vocabulary
 from sae_lib.sae import SAE
-from sae_lib.seeds import generator
-from sae_lib.transformer import (
-    MlpEdit,
-    Parameters,
-    Transformer,
-    before_last_mlp,
-    linear,
-    mlp_post,
-    norm,
-    parameters,
-    token_losses,
-)
+from sae_lib.transformer import MlpEdit, Transformer, before_last_mlp, logits, mlp_post, parameters, token_losses
 
 LOGIT_ROWS = 256  # positions whose logits are in memory together
 
@@ -116,14 +105,7 @@ def pin(sae: SAE, feature: int, value: float) -> MlpEdit:
     Raises StudyError if the dictionary has no such feature.
     """
     _check(feature, len(sae.b_enc), "feature")
-    encoder, bias, direction = sae.W_enc[:, feature], sae.b_enc[feature], sae.W_dec[feature]
-
-    def edit(acts: Tensor) -> Tensor:
-        # One column of `SAE.encode`: the other features would be computed for nothing.
-        active = torch.relu((acts - sae.b_dec) @ encoder + bias)
-        return acts + (value - active)[..., None] * direction
-
-    return edit
+    return lambda acts: acts + (value - sae.encode(acts, [feature])) * sae.W_dec[feature]
 
 
 def pin_neuron(neuron: int, value: float) -> MlpEdit:
@@ -144,10 +126,6 @@ def add(direction: Float[Tensor, " d_mlp"], strength: float) -> MlpEdit:
 
 # --- what edits do ---------------------------------------------------------------------------------------------------
 
-def _logits(p: Parameters, layer: str, resid: Tensor, acts: Tensor) -> Tensor:
-    return F.linear(norm(p, "ln_out", resid + linear(p, f"{layer}.mlp.fc_out", acts)), p["head.weight"])
-
-
 @torch.no_grad()
 def ablation_effects(model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"],
                      edit: MlpEdit) -> Float[Tensor, "n_contexts n_ctx-1"]:
@@ -167,7 +145,7 @@ def ablation_effects(model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx
         for rows in (edited != acts).any(-1)[:, :-1].nonzero().split(LOGIT_ROWS):
             at = rows.unbind(1)
             following = tokens[at[0], at[1] + 1]
-            clean, changed = (F.cross_entropy(_logits(p, last, resid[at], values[at]), following, reduction="none")
+            clean, changed = (F.cross_entropy(logits(p, last, resid[at], values[at]), following, reduction="none")
                               for values in (acts, edited))
             found[at] = clean - changed
     return effects
@@ -182,47 +160,6 @@ def mean_effect(effects: Float[np.ndarray, " n"], chosen: Bool[np.ndarray, " n"]
     sums = np.stack([np.bincount(index, effects * chosen), np.bincount(index, chosen)], axis=1)
     with np.errstate(invalid="ignore"):  # a draw of documents may hold none
         return bootstrap_interval(sums, lambda t: t[..., 0] / t[..., 1], **draws)
-
-
-def _advance(p: Parameters, tokens: Tensor, n_heads: int, n_layers: int, seen: dict[str, Tensor]) -> Tensor:
-    """`before_last_mlp` at the positions that follow those whose keys and values are in `seen`; adds theirs to it."""
-    start = seen["layers.0.k"].shape[2] if seen else 0
-    resid = F.embedding(tokens, p["tok_embed.weight"]) + p["pos.weight"][start:start + tokens.shape[1]]
-    for layer in (f"layers.{i}" for i in range(n_layers)):
-        x = norm(p, f"{layer}.ln1", resid)
-        q, k, v = (linear(p, f"{layer}.attn.{name}", x).unflatten(-1, (n_heads, -1)).transpose(1, 2) for name in "qkv")
-        for name, new in ((f"{layer}.k", k), (f"{layer}.v", v)):
-            seen[name] = torch.cat([seen[name], new], 2) if start else new
-        z = F.scaled_dot_product_attention(q, seen[f"{layer}.k"], seen[f"{layer}.v"], is_causal=not start)
-        resid = resid + linear(p, f"{layer}.attn.o", z.transpose(1, 2).flatten(-2))
-        if layer != f"layers.{n_layers - 1}":
-            resid = resid + linear(p, f"{layer}.mlp.fc_out", mlp_post(p, layer, resid))
-    return resid
-
-
-@torch.no_grad()
-def steered_sample(model: Transformer, prompt: Int[Tensor, " pos"], n_tokens: int, edit: MlpEdit | None, seed: int,
-                   n_samples: int = 1, temperature: float = 1.0) -> Int[Tensor, "n_samples length"]:
-    """Continue a prompt with the MLP activations edited. Without an edit the tokens are those of `transformer.sample`.
-
-    The paper's prompt is `1,2,3,4,5,6,7,8,9,10`, its edit the feature pinned at the greatest value seen (B10). The edit gets the
-    last position alone, [n_samples, 1, d_mlp]: what it does at earlier ones reaches no later prediction.
-
-    Raises StudyError if the prompt and what follows do not fit in the model's context.
-    """
-    p, cfg = parameters(model), model.cfg
-    if len(prompt) + n_tokens > cfg.n_ctx:
-        raise StudyError(f"A prompt of {len(prompt)} tokens and {n_tokens} more do not fit in the model's context of "
-                         f"{cfg.n_ctx}; ask for fewer.")
-    rng, tokens, last = generator(seed, "sample"), prompt.long().repeat(n_samples, 1), f"layers.{cfg.n_layers - 1}"
-    following, seen = tokens, {}
-    for _ in range(n_tokens):
-        resid = _advance(p, following, cfg.n_heads, cfg.n_layers, seen)[:, -1:]
-        acts = mlp_post(p, last, resid)
-        logits = _logits(p, last, resid, acts if edit is None else edit(acts))[:, 0]
-        following = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=rng)
-        tokens = torch.cat([tokens, following], dim=1)
-    return tokens
 
 
 # --- what was sampled ------------------------------------------------------------------------------------------------

@@ -15,12 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lib.activations import ActivationStream
-from sae_lib.features import LabelCorrelations, pearson_sums
+from sae_lib.features import BATCH_CONTEXTS, pearson_sums
 from sae_lib.metrics import Interval, bootstrap_interval, explained_share, pearson_from_sums, recovered_share
 from sae_lib.sae import SAE
 from sae_lib.transformer import Transformer, mlp_activations, token_losses
-
-BATCH_CONTEXTS = 32
 
 
 class Text(NamedTuple):
@@ -101,6 +99,35 @@ def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None) -> Hel
 
 
 # --- units as detectors of contexts ----------------------------------------------------------------------------------
+
+class LabelCorrelations:
+    """Pearson correlation of every unit with every label, accumulated over any number of batches in float64.
+
+    Labels are exclusive: each token has one of `n_labels`.
+    """
+
+    def __init__(self, n_units: int, n_labels: int):
+        self.tokens = torch.zeros(n_labels, dtype=torch.float64)
+        self.sums = torch.zeros(n_labels, n_units, dtype=torch.float64)
+        self.squares = torch.zeros(n_units, dtype=torch.float64)
+
+    def update(self, acts: Float[Tensor, "batch n_units"], labels: Int[Tensor, " batch"]) -> None:
+        """Add the activations of a batch of tokens and the tokens' labels."""
+        labels = labels.long()
+        batch = torch.zeros(self.sums.shape, dtype=torch.float32)
+        self.sums += batch.index_add_(0, labels, acts.float())
+        self.squares += acts.float().square().sum(0)
+        self.tokens += torch.bincount(labels, minlength=len(self.tokens))
+
+    def pearson(self) -> Float[Tensor, "n_units n_labels"]:
+        """The correlations; 0 for a unit that never fires and for a label that never occurs."""
+        n = self.tokens.sum()
+        unit_mean, label_mean = self.sums.sum(0) / n, self.tokens / n
+        covariance = (self.sums / n).T - unit_mean[:, None] * label_mean
+        unit_variance = self.squares / n - unit_mean.square()
+        scale = (unit_variance.clamp_min(0)[:, None] * (label_mean * (1 - label_mean))).sqrt()
+        return torch.where(scale > 0, covariance / scale.clamp_min(1e-300), 0.0).float()
+
 
 def _units(model: Transformer, sae: SAE | None, batch: Text) -> Float[Tensor, "tokens n_units"]:
     acts = mlp_activations(model, batch.contexts).flatten(0, 1)

@@ -107,6 +107,9 @@ class PatternExplainer:
 
     def __init__(self, vocabulary: Sequence[bytes]):
         self.classes = Classes(vocabulary)
+        names, member = self.classes.names, self.classes.member
+        self._pairs = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
+        self._sets = np.array([member[i] & member[j] for i, j in self._pairs])
 
     def explain(self, examples: Examples, top_logits: Int[np.ndarray, " top"],
                 bottom_logits: Int[np.ndarray, " bottom"]) -> PatternExplanation:
@@ -157,18 +160,15 @@ class PatternExplainer:
         raises, words = np.zeros(len(self.classes.vocabulary), dtype=bool), []
         if not len(top):
             return raises, ""
-        member, names = self.classes.member, self.classes.names
-        pairs = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
-        sets = np.array([member[i] & member[j] for i, j in pairs])
-        price = LOGIT_PRICE * np.array([1 + (i != j) for i, j in pairs])
+        price = LOGIT_PRICE * np.array([1 + (i != j) for i, j in self._pairs])
         for _ in range(LOGIT_CLASSES):
-            new = sets & ~raises
+            new = self._sets & ~raises
             gain = new[:, top].mean(1) - np.maximum(new.mean(1), new[:, bottom].sum(1) / max(len(bottom), 1)) - price
             best = int(gain.argmax())
             if gain[best] < LOGIT_MARGIN:
                 break
-            raises |= sets[best]
-            words.append(" that are also ".join(dict.fromkeys(names[i] for i in pairs[best])))
+            raises |= self._sets[best]
+            words.append(" that are also ".join(dict.fromkeys(self.classes.names[i] for i in self._pairs[best])))
         raises |= np.isin(self.classes.form, self.classes.form[top])
         shown = ", ".join(self.classes.show(token) for token in top.tolist())
         return raises, f"Makes more likely: {' or '.join([*words, f'tokens spelled like those shown ({shown})'])}."
@@ -191,8 +191,8 @@ def _fit(literals: list[Literal], windows: Int[np.ndarray, "n 9"],
     """Base and clauses of a sparse additive model: greedily the best conjunction, then all strengths again by ridge."""
     holds = np.array([literal.holds(windows).ravel() for literal in literals])
     price = np.array([literal.price for literal in literals])
-    _, first = np.unique(holds, axis=0, return_index=True)
-    keep = np.array([i for i in sorted(first) if 0 < holds[i].sum() < holds.shape[1]], dtype=int)
+    first = {row.tobytes(): i for i, row in reversed(list(enumerate(holds)))}
+    keep = np.array([i for i in sorted(first.values()) if 0 < holds[i].sum() < holds.shape[1]], dtype=int)
     chosen: list[tuple[int, ...]] = []
     strengths, residual, spread = np.array([target.mean()]), target - target.mean(), target.var() * len(target)
     while spread > 0 and len(keep) and len(chosen) < MAX_CLAUSES:

@@ -23,53 +23,13 @@ from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums, sha
 from sae_lib.seeds import numpy_generator
 from sae_lib.transformer import Transformer, mlp_activations
 
-BATCH_CONTEXTS = 32
+BATCH_CONTEXTS = 32  # contexts that go through the model at once
 ENCODED_ROWS = 1024  # tokens encoded at once: their units stay in cache
 # Examples of the top and of the bottom interval, and of each of those between.
 ENDS, EXAMPLES, LEVELS = 20, 5, 11
 SUBSAMPLE = 1000
 # A label or a proxy's score of each token.
 Target = Float[np.ndarray, " n_tokens"] | Bool[np.ndarray, " n_tokens"]
-
-# --- correlation with labels -----------------------------------------------------------------------------------------
-
-class LabelCorrelations:
-    """Pearson correlation of every unit with every label, accumulated over any number of batches in float64.
-
-    Labels are exclusive: each token has one of `n_labels`.
-    """
-
-    def __init__(self, n_units: int, n_labels: int):
-        self.tokens = torch.zeros(n_labels, dtype=torch.float64)
-        self.sums = torch.zeros(n_labels, n_units, dtype=torch.float64)
-        self.squares = torch.zeros(n_units, dtype=torch.float64)
-
-    def update(self, acts: Float[Tensor, "batch n_units"], labels: Int[Tensor, " batch"]) -> None:
-        """Add the activations of a batch of tokens and the tokens' labels."""
-        labels = labels.long()
-        batch = torch.zeros(self.sums.shape, dtype=torch.float32)
-        self.sums += batch.index_add_(0, labels, acts.float())
-        self.squares += acts.float().square().sum(0)
-        self.tokens += torch.bincount(labels, minlength=len(self.tokens))
-
-    def pearson(self) -> Float[Tensor, "n_units n_labels"]:
-        """The correlations; 0 for a unit that never fires and for a label that never occurs."""
-        n = self.tokens.sum()
-        unit_mean, label_mean = self.sums.sum(0) / n, self.tokens / n
-        covariance = (self.sums / n).T - unit_mean[:, None] * label_mean
-        unit_variance = self.squares / n - unit_mean.square()
-        scale = (unit_variance.clamp_min(0)[:, None] * (label_mean * (1 - label_mean))).sqrt()
-        return torch.where(scale > 0, covariance / scale.clamp_min(1e-300), 0.0).float()
-
-
-def pearson_sums(values: Float[Tensor, "tokens pairs"], target: Bool[Tensor, "tokens pairs"] | Float[Tensor, "tokens pairs"],
-                 document: Int[Tensor, " tokens"]) -> Float64[Tensor, "documents 6 pairs"]:
-    """Per-document sums (n, x, y, xx, yy, xy) of pairs of a unit and a label or a proxy's score; a bootstrap starts from them."""
-    documents, index = torch.unique(document, return_inverse=True)
-    x, y = values.double(), target.double()
-    terms = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], dim=1)
-    return torch.zeros(len(documents), *terms.shape[1:], dtype=torch.float64).index_add_(0, index, terms)
-
 
 # --- the unit table --------------------------------------------------------------------------------------------------
 
@@ -154,12 +114,42 @@ def best_unit(table: csc_array, target: Target, at_least: int = 1) -> Found:
     return Found(unit, float(correlations[unit]))
 
 
+def pearson_sums(values: Float[Tensor, "tokens pairs"], target: Bool[Tensor, "tokens pairs"] | Float[Tensor, "tokens pairs"],
+                 document: Int[Tensor, " tokens"]) -> Float64[Tensor, "documents 6 pairs"]:
+    """Per-document sums (n, x, y, xx, yy, xy) of pairs of a unit and a label or a proxy's score; a bootstrap starts from them."""
+    documents, index = torch.unique(document, return_inverse=True)
+    x, y = values.double(), target.double()
+    terms = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], dim=1)
+    return torch.zeros(len(documents), *terms.shape[1:], dtype=torch.float64).index_add_(0, index, terms)
+
+
+def _pearson(table: csc_array, units: list[int], target: Target, documents: np.ndarray,
+             statistic: Callable[[np.ndarray], np.ndarray], **draws: int) -> Interval:
+    """A statistic of the correlations [..., units] of units with a target; a draw of documents is the same for all units."""
+    values, target = torch.from_numpy(table[:, units].toarray()), torch.from_numpy(target)[:, None].expand(-1, len(units))
+    sums = pearson_sums(values, target, torch.from_numpy(documents)).numpy()
+
+    def of_totals(totals: np.ndarray) -> np.ndarray | np.float64:
+        terms = np.moveaxis(totals.reshape(*totals.shape[:-1], 6, len(units)), -2, 0)
+        return statistic(np.nan_to_num(pearson_from_sums(*terms)))
+
+    return bootstrap_interval(sums.reshape(len(sums), -1), of_totals, **draws)
+
+
 def pearson_interval(table: csc_array, unit: int, target: Target,
                      documents: Int[np.ndarray, " n_tokens"], **draws: int) -> Interval:
     """Correlation of one unit with a target, 0 where either does not vary; the interval is a bootstrap over documents."""
-    values = torch.from_numpy(table[:, [unit]].toarray())
-    sums = pearson_sums(values, torch.from_numpy(target)[:, None], torch.from_numpy(documents)).numpy()
-    return bootstrap_interval(sums[..., 0], lambda t: np.nan_to_num(pearson_from_sums(*np.moveaxis(t, -1, 0))), **draws)
+    return _pearson(table, [unit], target, documents, lambda pearson: pearson[..., 0], **draws)
+
+
+def pearson_difference(table: csc_array, unit: int, other: int, target: Target,
+                       documents: Int[np.ndarray, " n_tokens"], **draws: int) -> Interval:
+    """By how much one unit correlates better with a target than another does, with a *paired* bootstrap over documents.
+
+    A document that is hard for one unit is as a rule hard for the other. Drawn for both at once, such documents leave the
+    difference alone, where the intervals of the two correlations may overlap although one is greater in every draw.
+    """
+    return _pearson(table, [unit, other], target, documents, lambda pearson: pearson[..., 0] - pearson[..., 1], **draws)
 
 
 # --- specificity, sensitivity ----------------------------------------------------------------------------------------

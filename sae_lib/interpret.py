@@ -6,7 +6,7 @@ that it was not made from, and which tokens the unit makes more likely. The scor
 (B16), so the score on logits belongs beside it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lib import features
+from sae_lib.activations import ActivationStream
 from sae_lib.errors import StudyError
 from sae_lib.metrics import Interval
 from sae_lib.seeds import numpy_generator
 
 WINDOW = 9
-END_OF_TEXT = 0
 MIN_EXAMPLES = 20
 RANDOM, ELSEWHERE = "random", "top tokens elsewhere"
 SHOWN_LOGITS = 10
@@ -92,11 +92,11 @@ class FlatText:
         """Flat indices of a token."""
         return self._order[self._starts[token]:self._starts[token + 1]]
 
-    def windows(self, index: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 9"]:
-        """Flat indices of the 9 tokens around each token, moved inwards where the context ends."""
+    def windows(self, index: Int[np.ndarray, " n"], width: int = WINDOW) -> Int[np.ndarray, "n width"]:
+        """Flat indices of the `width` tokens around each token, moved inwards where the context ends."""
         position = index % self.n_ctx
-        start = np.clip(position - WINDOW // 2, 0, self.n_ctx - WINDOW) + index - position
-        return start[:, None] + np.arange(WINDOW)
+        start = np.clip(position - width // 2, 0, self.n_ctx - width) + index - position
+        return start[:, None] + np.arange(width)
 
 
 def sample_examples(text: FlatText, indices: Int[np.ndarray, " active"], values: Float[np.ndarray, " active"],
@@ -106,7 +106,8 @@ def sample_examples(text: FlatText, indices: Int[np.ndarray, " active"], values:
     `indices` are the tokens that the unit is active on, rising, and `values` its activations there; `intervals`, of which the
     first is the top one, index these. "Top tokens elsewhere" are other places, outside the top examples' contexts, where the
     tokens stand that the top examples are about. A window whose tokens were drawn before is left out, in either set: the same
-    licence in two files must not be both shown and asked. None if fewer than 20 windows of intervals are left.
+    licence in two files must not be both shown and asked. Nor is a window asked that overlaps one shown, which would give
+    answers away. None if fewer than 20 windows of intervals are left.
     """
     if len(indices) < MIN_EXAMPLES:
         return None
@@ -118,18 +119,21 @@ def sample_examples(text: FlatText, indices: Int[np.ndarray, " active"], values:
     at_random = rng.integers(len(text.tokens), size=200)
     tops = indices[intervals[names[0]]]
     elsewhere = np.array([rng.choice(text.occurrences(token)) for token in rng.choice(text.tokens[tops], 200).tolist()])
-    pools[RANDOM] = at_random[text.tokens[at_random] != END_OF_TEXT]
+    pools[RANDOM] = at_random[text.tokens[at_random] != ActivationStream.END_OF_TEXT]
     pools[ELSEWHERE] = elsewhere[~np.isin(elsewhere // text.n_ctx, tops // text.n_ctx)]
 
     seen: set[bytes] = set()
 
-    def draw(counts: tuple[int, int, int, int]) -> list[tuple[int, str]]:
+    def draw(counts: tuple[int, int, int, int], shown: Sequence[tuple[int, str]] = ()) -> list[tuple[int, str]]:
+        taken = set(text.windows(np.array([index for index, _ in shown], dtype=int)).ravel().tolist())
         wanted = dict.fromkeys(names, counts[1]) | {names[0]: counts[0], RANDOM: counts[2], ELSEWHERE: counts[3]}
         drawn: list[tuple[int, str]] = []
         for source, n in wanted.items():
             for index, window in zip(pools[source].tolist(), text.windows(pools[source]), strict=True):
                 key = text.tokens[window].tobytes()
-                if n and key not in seen:
+                if not n:
+                    break
+                if key not in seen and taken.isdisjoint(window.tolist()):
                     seen.add(key)
                     drawn.append((index, source))
                     n -= 1
@@ -145,7 +149,7 @@ def sample_examples(text: FlatText, indices: Int[np.ndarray, " active"], values:
         return Examples(text.tokens[text.windows(index)], levels, index, source, weight)
 
     explain = draw(EXPLAIN)
-    score = draw(SCORE)
+    score = draw(SCORE, explain)
     if sum(source in intervals for _, source in explain + score) < MIN_EXAMPLES:
         return None
     return examples(explain), examples([score[i] for i in rng.permutation(len(score))])
@@ -172,6 +176,30 @@ def activation_scores(predicted: Float[np.ndarray, "n 9"], examples: Examples) -
     ranks = (_weighted_ranks(x, weight), _weighted_ranks(y, weight))
     return {"spearman": float(stats.spearmanr(x, y).statistic), "pearson": float(stats.pearsonr(x, y).statistic),
             "importance": _weighted_pearson(*ranks, weight)}
+
+
+def interval_scores(predicted: Float[np.ndarray, "n 9"], examples: Examples, own: Bool[np.ndarray, "n 9"]) -> dict[str, float]:
+    """How well a prediction holds in each interval: how often it ranks a token of the interval above a silent one.
+
+    `own` marks the token that each window was drawn for, and its prediction is what counts. Silent are the tokens at level 0 of
+    the random windows. Ties count half: 0.5 is chance, 1 is perfect; nothing is returned where there is nothing silent.
+    """
+    source = np.array(examples.source)
+    silent = predicted[source == RANDOM][examples.levels[source == RANDOM] == 0]
+    of_example = predicted[own]
+    above = [(x > silent).mean() + (x == silent).mean() / 2 for x in of_example] if len(silent) else []
+    found = pd.Series(above, source[:len(above)], dtype=float).groupby(level=0, sort=False).mean()
+    return {name: value for name, value in found.items() if name not in (RANDOM, ELSEWHERE)}
+
+
+def like_the_top(intervals: Intervals, labels: Int[np.ndarray, " active"]) -> dict[str, float]:
+    """In each interval the share of examples with the label that most examples of the top interval have.
+
+    `labels` are of the tokens that the unit is active on: their ids, say, or their documents' domains.
+    """
+    names = list(intervals)
+    most = np.bincount(labels[intervals[names[0]]]).argmax()
+    return {name: float((labels[intervals[name]] == most).mean()) for name in names}
 
 
 def _weighted_ranks(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -210,18 +238,20 @@ def score_units(table: csc_array, contexts: Int[Tensor, "n_contexts n_ctx"], uni
                 logit_weights: Float[Tensor, "n_units d_vocab"] | None = None, seed: int = 0) -> pd.DataFrame:
     """Explain some units of a table and score the explanations on other examples (B14) and on logits (B15).
 
-    Returns one row a unit: unit, active (tokens), shown and asked (examples), spearman, pearson, importance, logit (share
-    of 100 right; nan without `logit_weights`), text, dropped ("" or why there is no score).
+    `logit_weights` has a row for each column of the table. Returns one row a unit: unit, active (tokens), shown and asked
+    (examples), spearman, pearson, importance, logit (share of 100 right; nan without `logit_weights`), logit_of_another (the same
+    for the explanation of the unit before, which knows nothing of this one: what chance gives), text, dropped ("" or why there
+    is no score); and by the names of the intervals the `interval_scores`.
     Raises StudyError if table and contexts are not of the same text.
     """
     if table.shape[0] != contexts.numel():
         raise StudyError(f"The unit table has {table.shape[0]} tokens and the text {contexts.numel()}; give the text it was made "
                          "from.")
-    text, rows = FlatText(contexts), []
+    text, rows, another = FlatText(contexts), [], None
     for unit in tqdm([int(unit) for unit in units], desc="explain and score", unit="unit", leave=False, mininterval=2):
         indices, values = features.column(table, unit)
         row = {"unit": unit, "active": len(indices), "shown": 0, "asked": 0, "text": "", "dropped": ""}
-        row |= dict.fromkeys(("spearman", "pearson", "importance", "logit"), np.nan)
+        row |= dict.fromkeys(("spearman", "pearson", "importance", "logit", "logit_of_another"), np.nan)
         rows.append(row)
         enough = len(indices) >= MIN_EXAMPLES
         intervals = features.intervals(values, seed, unit).examples if enough else {}
@@ -230,32 +260,36 @@ def score_units(table: csc_array, contexts: Int[Tensor, "n_contexts n_ctx"], uni
             row["dropped"] = f"fewer than {MIN_EXAMPLES} examples"
             continue
         weights = logit_weights[unit].numpy() if logit_weights is not None else None
+        shown, asked = examples
+        order = _descending(weights) if weights is not None else np.zeros(0, dtype=int)
         try:
-            row |= {"shown": len(examples[0].tokens), "asked": len(examples[1].tokens)} | _score(explainer, *examples, weights,
-                                                                                                seed, unit)
+            explanation = explainer.explain(shown, order[:SHOWN_LOGITS], order[::-1][:SHOWN_LOGITS])
+            predicted = explanation.simulate(asked.tokens)
+            scores = activation_scores(predicted, asked)
+            scores |= interval_scores(predicted, asked, text.windows(asked.index) == asked.index[:, None])
+            if weights is not None:
+                tokens, positive = logit_question(weights, seed, unit)
+                scores["logit"] = float((explanation.logits(tokens) == positive).mean())
+                if another is not None:
+                    scores["logit_of_another"] = float((another.logits(tokens) == positive).mean())
         except Unanswered as error:
             row["dropped"] = str(error)
+            continue
+        another = explanation
+        row |= {"shown": len(shown.tokens), "asked": len(asked.tokens), "text": explanation.text} | scores
     return pd.DataFrame(rows)
 
 
-def _score(explainer: Explainer, shown: Examples, asked: Examples, weights: np.ndarray | None, seed: int, unit: int) -> dict:
-    order = _descending(weights) if weights is not None else np.zeros(0, dtype=int)
-    explanation = explainer.explain(shown, order[:SHOWN_LOGITS], order[::-1][:SHOWN_LOGITS])
-    scores = activation_scores(explanation.simulate(asked.tokens), asked)
-    if weights is not None:
-        tokens, positive = logit_question(weights, seed, unit)
-        scores["logit"] = float((explanation.logits(tokens) == positive).mean())
-    return scores | {"text": explanation.text}
-
-
-def median_interval(scores: Iterable[float], n_boot: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
-    """The median over units with its bootstrap interval, drawing units with replacement; nan scores are left out.
+def unit_interval(scores: Iterable[float], statistic: Callable = np.median, n_boot: int = 1000, seed: int = 0,
+                  level: float = 0.95) -> Interval:
+    """A statistic (median, or mean) over units with its bootstrap interval, drawing units with replacement; nan is left out.
 
     Raises StudyError if fewer than two units have a score.
     """
     known = np.array([score for score in scores if not np.isnan(score)])
     if len(known) < 2:
         raise StudyError(f"An interval needs at least two scored units and there are {len(known)}; score more units.")
-    draws = numpy_generator(seed, "median").choice(known, (n_boot, len(known)))
-    low, high = np.quantile(np.median(draws, axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(np.median(known)), float(low), float(high))
+    draws = numpy_generator(seed, "units").choice(known, (n_boot, len(known)))
+    low, high = np.quantile(statistic(draws, axis=1), [(1 - level) / 2, (1 + level) / 2])
+    value = float(statistic(known))
+    return Interval(value, min(value, float(low)), max(value, float(high)))

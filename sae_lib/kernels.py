@@ -31,6 +31,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     pool, ready = ThreadPoolExecutor(threads, "kernel"), Barrier(threads)
 
     def prepare(_: int) -> None:
+        torch.get_num_threads()  # a thread's first question sets its number to torch's own, whatever it was told before
         torch.set_num_threads(1)
         ready.wait()
 

@@ -203,3 +203,27 @@ def bootstrap_interval(document_sums: np.ndarray, statistic: Callable[[np.ndarra
               for start in range(0, n_boot, chunk)]
     low, high = np.nanquantile(statistic(np.concatenate(totals)), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(sums.sum(0))), float(low), float(high))
+
+
+def half_sample_interval(document_sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], n_boot: int = 1000,
+                         seed: int = 0, level: float = 0.95) -> tuple[Interval, float]:
+    """Interval of a statistic of pooled sums by leaving out random halves of the documents; and how far it leans.
+
+    Arguments as for `bootstrap_interval`. A statistic that fewer documents pull to one side, such as a median over units of
+    which many fire in few documents, is pulled so in every bootstrap draw, which holds but 63 % of the documents: the percentile
+    interval then lies beside the value. A half drawn without replacement varies about the whole as the whole does about
+    the population (delete-half jackknife; Shao and Wu 1989, Ann. Statist. 17), for medians too. Here the halves' percentiles
+    are centred on the value. The second number is what the centring took out, the mean of the halves less the value: the
+    value's own bias, as far as that falls with 1 / documents. It is not taken out of the value.
+
+    Raises StudyError if there are fewer than two documents.
+    """
+    n = len(document_sums)
+    if n < 2:
+        raise StudyError(f"An interval needs at least two documents and there are {n}; use more held-out text.")
+    rng, sums, kept = numpy_generator(seed, "halves"), np.asarray(document_sums, dtype=np.float64), n // 2
+    chosen = rng.permuted(np.tile(np.arange(n) < kept, (n_boot, 1)), axis=1)
+    halves, value, left_out = statistic(chosen @ sums), float(statistic(sums.sum(0))), n / kept - 1
+    centre = np.nanmean(halves)
+    low, high = (np.nanquantile(halves, [(1 - level) / 2, (1 + level) / 2]) - centre) / math.sqrt(left_out)
+    return Interval(value, value + min(0.0, float(low)), value + max(0.0, float(high))), float((centre - value) / left_out)

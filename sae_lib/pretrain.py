@@ -3,6 +3,7 @@
 The paper gives neither learning rate nor batch; those here were chosen on validation loss at a laptop's budget.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from sae_lib.checkpoint import load_checkpoint, save_checkpoint
 from sae_lib.errors import StudyError
+from sae_lib.kernels import in_parallel
 from sae_lib.precision import low_precision
 from sae_lib.seeds import generator
 from sae_lib.transformer import (
@@ -29,48 +31,57 @@ from sae_lib.transformer import (
     parameters,
 )
 
+MICRO_BATCH = 8  # contexts that one thread takes through the model and back: what they leave for the way back stays in cache
+CHUNK = 512  # tokens whose logits are in memory together
 
-class _UnembedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of `x @ W.T`, its gradients made in the forward pass chunk by chunk.
 
-    The logits [tokens, d_vocab] are the largest tensor of the model by far; a chunk of them stays in cache.
+def unembed_gradients(x: Float[Tensor, "tokens d_model"], weight: Float[Tensor, "d_vocab d_model"],
+                      targets: Int[Tensor, " tokens"]) -> tuple[float, Tensor, Tensor]:
+    """Summed cross-entropy of the logits `x @ weight.T`, and its gradients to `x` and, in float32, to `weight`.
+
+    The logits are the largest tensor of the model by far: they are made, used and forgotten chunk by chunk.
     """
-
-    CHUNK = 1024
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG004
-        n = len(x)
-        loss = x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, n, _UnembedCrossEntropy.CHUNK):
-            rows = slice(start, start + _UnembedCrossEntropy.CHUNK)
-            x_rows, target = x[rows], targets[rows, None]
-            p = torch.softmax(x_rows @ weight.T, dim=-1)
-            p_target = p.gather(1, target)
-            # The floor is bfloat16's smallest normal number: an underflow must not turn the logged loss into infinity.
-            loss -= p_target.float().clamp_min(1e-38).log().sum()
-            p.scatter_(1, target, p_target - 1)
-            grad_x[rows] = (p @ weight).div_(n)
-            grad_weight += p.T @ x_rows
-        ctx.save_for_backward(grad_x, grad_weight.div_(n).to(weight.dtype))
-        return loss / n
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad, grad_weight * grad, None
+    total, grad_x, grad_weight = 0.0, torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+    buffers = torch.empty(2, min(CHUNK, len(x)), len(weight), dtype=x.dtype, device=x.device)
+    for x_rows, grad_rows, target in zip(x.split(CHUNK), grad_x.split(CHUNK), targets.split(CHUNK), strict=True):
+        logits, p = buffers[:, :len(x_rows)]
+        torch.softmax(torch.mm(x_rows, weight.T, out=logits), -1, out=p)
+        place = torch.arange(len(p), device=p.device) * len(weight) + target
+        p_target = p.view(-1)[place]
+        # The floor is bfloat16's smallest normal number: an underflow must not turn the logged loss into infinity.
+        total -= p_target.float().clamp_min(1e-38).log().sum().item()
+        p.view(-1)[place] = p_target - 1
+        torch.mm(p, weight, out=grad_rows)
+        grad_weight += p.T @ x_rows
+    return total, grad_x, grad_weight
 
 
-def training_loss(p: Parameters, tokens: Int[Tensor, "batch pos"], n_heads: int, n_layers: int,
-                  dtype: torch.dtype) -> Float[Tensor, ""]:
-    """Mean next-token loss in nats, differentiable; matrix products in `dtype`."""
-    low = {name: value.to(dtype) for name, value in p.items()}
-    resid = before_last_mlp(low, tokens, n_heads, n_layers)
-    last = f"layers.{n_layers - 1}"
-    resid = resid + linear(low, f"{last}.mlp.fc_out", mlp_post(low, last, resid))
-    final = norm(low, "ln_out", resid)[:, :-1].flatten(0, 1)
-    return _UnembedCrossEntropy.apply(final, low["head.weight"], tokens[:, 1:].flatten())
+def loss_gradients(p: Parameters, tokens: Int[Tensor, "batch pos"], n_heads: int, n_layers: int,
+                   dtype: torch.dtype) -> tuple[float, Parameters]:
+    """Mean next-token loss in nats and its gradient, in float32; matrix products in `dtype`.
+
+    Each thread takes a few contexts through the model and back, and the gradients are added in the order of the contexts: the
+    result does not depend on how many threads there are.
+    """
+    low, last = {name: value.detach().to(dtype) for name, value in p.items()}, f"layers.{n_layers - 1}"
+
+    def one(few: Tensor) -> tuple[float, list[Tensor]]:
+        leaves = {name: value.detach().requires_grad_() for name, value in low.items()}
+        head = leaves.pop("head.weight")
+        with torch.enable_grad():
+            resid = before_last_mlp(leaves, few, n_heads, n_layers)
+            resid = resid + linear(leaves, f"{last}.mlp.fc_out", mlp_post(leaves, last, resid))
+            final = norm(leaves, "ln_out", resid)[:, :-1].flatten(0, 1)
+        with torch.no_grad():
+            total, grad_final, grad_head = unembed_gradients(final, head, few[:, 1:].flatten())
+        return total, [*torch.autograd.grad(final, list(leaves.values()), grad_final), grad_head]
+
+    found = in_parallel(one, [(few,) for few in tokens.split(MICRO_BATCH)])
+    n = tokens[:, 1:].numel()
+    names = [name for name in p if name != "head.weight"] + ["head.weight"]
+    parts = zip(*(grads for _, grads in found), strict=True)
+    grads = {name: torch.stack(few).float().sum(0).div_(n) for name, few in zip(names, parts, strict=True)}
+    return sum(total for total, _ in found) / n, grads
 
 
 def learning_rate(config: TransformerConfig, step: int) -> float:
@@ -123,20 +134,21 @@ def train_transformer(contexts: Int[Tensor, "n_contexts n_ctx"], config: Transfo
         lr = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = training_loss(p, batch, config.n_heads, config.n_layers, dtype)
-        loss.backward()
+        loss, grads = loss_gradients(p, batch, config.n_heads, config.n_layers, dtype)
+        for name, value in p.items():
+            value.grad = grads[name]
         torch.nn.utils.clip_grad_norm_(p.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         bar.update()
         if step % 50 == 0 or step == config.n_steps:
-            if not loss.isfinite():
-                raise StudyError(f"The transformer's loss became {loss.item()} at step {step}; lower its learning rate "
+            if not math.isfinite(loss):
+                raise StudyError(f"The transformer's loss became {loss} at step {step}; lower its learning rate "
                                  f"({config.lr:g}) and run again.")
-            log.append({"step": step, "tokens": step * tokens_per_step, "loss": loss.item(), "lr": lr,
+            log.append({"step": step, "tokens": step * tokens_per_step, "loss": loss, "lr": lr,
                         "seconds": time.monotonic() - began})
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if checkpoint and (step % checkpoint_every == 0 or step == end):
             _save(checkpoint, p, names, optimizer, step, log)
     bar.close()

@@ -15,7 +15,7 @@ unless the token begins or ends inside a character:
 - Otherwise the token stands alone: if it holds a piece of a character, P(script | s) is the share of its occurrences in the
   sample in which every character that it takes part in is of the script; if it holds none, 1e-10.
 
-Space and punctuation belong to no script, and so do the many tokens that begin with a space. A small vocabulary writes many
+Space and punctuation belong to no script, and so do the many tokens that begin with a space. A small vocabulary writes rare
 characters in pieces, and scripts share the pieces: by the paper's rule a piece scores above 0 for each of its scripts, even next
 to the rest of its character. `in_place` is our own stricter reading, which asks for the character itself.
 """
@@ -48,8 +48,8 @@ ALPHABETS = {
     "dna": Alphabet("ACGT", min_tokens=2),
     "hex": Alphabet(_DIGITS + "abcdef"),
 }
-# Unicode blocks, first and last code point. The paper's are arabic and hebrew; Persian is written in the Arabic block,
-# Japanese partly in the Chinese one.
+# Unicode blocks, first and last code point. The paper's are arabic and hebrew;
+# Japanese is written partly in the Chinese one.
 SCRIPTS = {
     "arabic": ((0x0600, 0x06FF), (0x0750, 0x077F)),
     "hebrew": ((0x0590, 0x05FF),),
@@ -61,6 +61,7 @@ SCRIPTS = {
     "hindi": ((0x0900, 0x097F),),
     "bengali": ((0x0980, 0x09FF),),
     "tamil": ((0x0B80, 0x0BFF),),
+    "telugu": ((0x0C00, 0x0C7F),),
     "thai": ((0x0E00, 0x0E7F),),
     "khmer": ((0x1780, 0x17FF), (0x19E0, 0x19FF)),
     "korean": ((0x1100, 0x11FF), (0x3130, 0x318F), (0xAC00, 0xD7AF)),
@@ -71,19 +72,16 @@ PROXIES = (*ALPHABETS, *SCRIPTS)
 
 
 def token_bytes(tokenizer: Tokenizer) -> Vocabulary:
-    """The bytes of every token of a byte-level tokenizer, by id; none for special tokens.
+    """The bytes of every token of a tokenizer of characters with bytes to fall back on, by id; none for special tokens.
 
-    Raises StudyError if the tokenizer is not byte-level.
+    Raises StudyError if the tokenizer is of another kind.
     """
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that the tokenizer writes as themselves
-    hidden = sorted(set(range(256)) - set(shown))
-    byte = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    byte = {f"<0x{i:02X}>": bytes([i]) for i in range(256)}
+    if not byte.keys() <= set(tokens):
+        raise StudyError("The tokenizer has no tokens for single bytes to fall back on; use one of `tokens.train_tokenizer`.")
     special = tokenizer.get_added_tokens_decoder()
-    try:
-        return [b"" if i in special else bytes(byte[c] for c in tokenizer.id_to_token(i))
-                for i in range(tokenizer.get_vocab_size())]
-    except KeyError as error:
-        raise StudyError(f"The tokenizer has a token with {error}, which stands for no byte; use a byte-level one.") from None
+    return [b"" if i in special else byte.get(token, token.encode()) for i, token in enumerate(tokens)]
 
 
 def proxy(name: str, contexts: Int[Tensor, "n_contexts n_ctx"], vocabulary: Vocabulary,

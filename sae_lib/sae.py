@@ -10,12 +10,14 @@ before the encoder is the decoder's. On disk a dictionary is a folder in the SAE
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from sae_lib.errors import StudyError
 from sae_lib.seeds import generator
 
+Chosen = Sequence[int] | Int[np.ndarray, " kept"] | Int[Tensor, " kept"]
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_FORMAT = "6.0.0"  # the version whose layout is written; readers translate anything older
 
@@ -74,9 +77,10 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(W_dec / W_dec.norm(dim=1, keepdim=True))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Feature activations."""
-        return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+    def encode(self, x: Float[Tensor, "*batch d_in"], features: Chosen | None = None) -> Float[Tensor, "*batch kept"]:
+        """Activations of all features, or of those whose numbers are given, in their order: the others cost nothing."""
+        weight, bias = (self.W_enc, self.b_enc) if features is None else (self.W_enc[:, features], self.b_enc[features])
+        return torch.relu((x - self.b_dec) @ weight + bias)
 
     def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """The activations that these features stand for."""
@@ -96,16 +100,19 @@ class SAE(nn.Module):
         self.b_dec /= scale
         return self
 
-    def save(self, folder: Path) -> None:
-        """Write `cfg.json` and `sae_weights.safetensors`, the layout SAELens 6 loads, each replaced in one step."""
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write `cfg.json` and `sae_weights.safetensors`, the layout SAELens 6 loads, each replaced in one step.
+
+        In float16 the file is half as large; activations read from it differ in their fourth digit.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         cfg = {"architecture": self.architecture, "d_in": self.config.d_in, "d_sae": self.config.d_sae,
-               "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
-               "reshape_activations": "none",
+               "dtype": str(dtype).removeprefix("torch."), "device": "cpu", "apply_b_dec_to_input": True,
+               "normalize_activations": "none", "reshape_activations": "none",
                "metadata": {"sae_lens_version": SAELENS_FORMAT, "model_name": self.config.model_name,
                             "hook_name": self.config.hook_name, "context_size": self.config.context_size,
                             "prepend_bos": False, "seed": self.config.seed} | self.metadata}
-        weights = {name: value.detach().float().cpu().contiguous() for name, value in self.named_parameters()}
+        weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in self.named_parameters()}
         partial = folder / f"{WEIGHTS_FILE}.partial"
         save_file(weights, partial)
         os.replace(partial, folder / WEIGHTS_FILE)
@@ -127,7 +134,7 @@ class SAE(nn.Module):
             metadata = cfg["metadata"]
             config = SAEConfig(cfg["d_in"], cfg["d_sae"], metadata.get("seed", 0), metadata.get("model_name", ""),
                                metadata.get("hook_name", ""), metadata.get("context_size", 0))
-            weights = load_file(folder / WEIGHTS_FILE)
+            weights = {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
             sae = cls(config)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise StudyError(f"The dictionary in {folder} is damaged ({type(error).__name__}); delete the folder and make "

@@ -29,7 +29,7 @@ COUNTED = 4_000_000  # tokens counted at once
 class DomainClassifier:
     """Which domain a piece of text is from, by its tokens in any order: unigram naive Bayes, all domains equally likely.
 
-    It sees tokens where `CONTEXTS` sees characters, so it tells Persian from Arabic and a list of names from base64.
+    It sees tokens where `CONTEXTS` sees characters, so it tells Welsh from Finnish and a list of names from base64.
     """
 
     def __init__(self, tokens: Integer[np.ndarray, " n_tokens"], labels: Integer[np.ndarray, " n_tokens"], domains: Sequence[str],
@@ -66,10 +66,11 @@ def windows(text: Text, domain: int, length: int) -> Int[Tensor, "n length"]:
 
 def as_text(tokens: Int[Tensor, " n"], vocabulary: Vocabulary) -> str:
     """Tokens as text; bytes that are no UTF-8 become U+FFFD."""
-    return _bytes(tokens, vocabulary).decode("utf-8", errors="replace")
+    return as_bytes(tokens, vocabulary).decode("utf-8", errors="replace")
 
 
-def _bytes(tokens: Tensor, vocabulary: Vocabulary) -> bytes:
+def as_bytes(tokens: Int[Tensor, " n"], vocabulary: Vocabulary) -> bytes:
+    """The bytes that tokens stand for."""
     return b"".join(vocabulary[i] for i in tokens.tolist())
 
 
@@ -105,7 +106,7 @@ class Gauge:
                                         lambda t: t[..., 0] / t[..., 1], **draws)
         share = classified
         if context in CONTEXTS:
-            share = character_share([_bytes(row, self.vocabulary) for row in written], CONTEXTS[context], **draws)
+            share = character_share([as_bytes(row, self.vocabulary) for row in written], CONTEXTS[context], **draws)
         cost = fluency(self.model, samples, self.prompt_length)
         return {"share": share.value, "low": share.low, "high": share.high, "classified": classified.value,
                 "classified_low": classified.low, "classified_high": classified.high,

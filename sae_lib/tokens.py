@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Int, UInt8, UInt16
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 
 from sae_lib.documents import Document
@@ -35,44 +35,80 @@ class TokenConfig:
 
     vocab_size: int = 4096
     n_ctx: int = 256
-    validation_fraction: float = 0.025
-    test_fraction: float = 0.025
+    validation_fraction: float = 0.03
+    test_fraction: float = 0.05
     seed: int = 0
 
 
+@dataclass
+class _Share:
+    """What the sample has of one domain: every `stride`-th document."""
+
+    texts: list[tuple[int, str]] = field(default_factory=list)
+    stride: int = 1
+    seen: int = 0
+    size: int = 0
+
+    def take(self, text: str) -> None:
+        if self.seen % self.stride == 0:
+            self.texts.append((self.seen, text))
+            self.size += len(text)
+        self.seen += 1
+
+    def halve(self) -> None:
+        self.stride *= 2
+        self.texts = [(index, text) for index, text in self.texts if index % self.stride == 0]
+        self.size = sum(len(text) for _, text in self.texts)
+
+
 def _sample(documents: Iterable[Document]) -> list[str]:
-    """Every 2^k-th document of each domain, with the smallest k that keeps the sample within SAMPLE_CHARS. One pass."""
-    texts: list[tuple[int, str]] = []
-    seen: dict[str, int] = {}
-    stride, size = 1, 0
+    """At most SAMPLE_CHARS of the documents, in one pass. Whenever that is exceeded, the domain with most of it gives up half.
+
+    So the domains have a more equal part in the vocabulary than in the text: whole letters of a rare script become tokens, not
+    only pieces of them.
+    """
+    shares: dict[str, _Share] = {}
     for document in documents:
-        index = seen[document.domain] = seen.get(document.domain, -1) + 1
-        if index % stride == 0:
-            texts.append((index, document.text))
-            size += len(document.text)
-        if size > SAMPLE_CHARS:
-            stride *= 2
-            texts = [(index, text) for index, text in texts if index % stride == 0]
-            size = sum(len(text) for _, text in texts)
-    return [text for _, text in texts]
+        shares.setdefault(document.domain, _Share()).take(document.text)
+        while sum(share.size for share in shares.values()) > SAMPLE_CHARS:
+            largest = max(shares.values(), key=lambda share: share.size)
+            if len(largest.texts) == 1:
+                break
+            largest.halve()
+    return [text for share in shares.values() for _, text in share.texts]
 
 
 def train_tokenizer(documents: Iterable[Document], config: TokenConfig) -> Tokenizer:
-    """Byte-level byte-pair encoding, trained on a sample of every domain. Each digit is a token; any text survives a round trip.
+    """Byte-pair encoding of characters, learned from a sample of every domain. Digits stand alone; text survives a round trip.
 
-    Token 0 is END_OF_TEXT. Raises StudyError if the text is too little to find `vocab_size` tokens in.
+    A token is made of whole characters, or it is one byte of a character too rare for the vocabulary: none ends inside a
+    character and goes on from another, as those of byte-level encodings do. Token 0 is END_OF_TEXT, 1 to 256 are the bytes.
+    Raises StudyError if the text is too little to find `vocab_size` tokens in.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(_sample(documents), trainer)
-    if tokenizer.get_vocab_size() != config.vocab_size:
-        raise StudyError(f"the corpus has text for {tokenizer.get_vocab_size()} tokens only, {config.vocab_size} are wanted: "
+    special = [END_OF_TEXT, *(f"<0x{byte:02X}>" for byte in range(256))]
+    learned = config.vocab_size - len(special) + 1
+    trained = _pieces(Tokenizer(models.BPE()))
+    trained.train_from_iterator(_sample(documents), trainers.BpeTrainer(
+        vocab_size=max(0, learned), limit_alphabet=max(0, learned) // 3, special_tokens=[END_OF_TEXT], show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    known = [token for token in sorted(model["vocab"], key=model["vocab"].get) if token != END_OF_TEXT]
+    if len(special) + len(known) != config.vocab_size:
+        raise StudyError(f"the corpus has text for {len(special) + len(known)} tokens only, {config.vocab_size} are wanted: "
                          "take more text or a profile with a smaller vocabulary")
+    merges = [tuple(merge) for merge in model["merges"]]
+    vocabulary = {token: i for i, token in enumerate([*special, *known])}
+    tokenizer = _pieces(Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True)))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return _plain(tokenizer)
+
+
+def _pieces(tokenizer: Tokenizer) -> Tokenizer:
+    """No token reaches over the ends of words; marks belong to the letters that carry them."""
+    words = Regex(r" ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split(words, "isolated")])
+    return tokenizer
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:

@@ -27,6 +27,8 @@ from sae_lib.seeds import generator
 Transformer = TransformerBridge
 MlpEdit = Callable[[Tensor], Tensor]
 Parameters = dict[str, Tensor]
+# On CPUs the backward pass of torch's fused attention takes twice as long as one with its scores in memory, while these are few.
+EXPLICIT_CTX = 512
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ def attention(p: Parameters, layer: str, x: Tensor, n_heads: int) -> Tensor:
     def heads(name: str) -> Tensor:
         return linear(p, f"{layer}.attn.{name}", x).unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
-    z = F.scaled_dot_product_attention(heads("q"), heads("k"), heads("v"), is_causal=True)
+    q, k, v = heads("q"), heads("k"), heads("v")
+    if torch.is_grad_enabled() and not q.is_cuda and q.shape[2] <= EXPLICIT_CTX:
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        z = torch.softmax(scores + torch.full_like(scores[0, 0], -torch.inf).triu(1), -1) @ v
+    else:
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return linear(p, f"{layer}.attn.o", z.transpose(1, 2).flatten(-2))
 
 
@@ -104,6 +111,11 @@ def before_last_mlp(p: Parameters, tokens: Tensor, n_heads: int, n_layers: int) 
 
 def mlp_post(p: Parameters, layer: str, resid: Tensor) -> Tensor:
     return F.relu(linear(p, f"{layer}.mlp.fc_in", norm(p, f"{layer}.ln2", resid)))
+
+
+def logits(p: Parameters, layer: str, resid: Tensor, acts: Tensor) -> Tensor:
+    """Next-token logits [..., d_vocab], from the residual stream before the last MLP and that MLP's activations."""
+    return F.linear(norm(p, "ln_out", resid + linear(p, f"{layer}.mlp.fc_out", acts)), p["head.weight"])
 
 
 @torch.no_grad()
@@ -140,6 +152,48 @@ def token_losses(model: Transformer, tokens: Int[Tensor, "batch pos"],
     return losses
 
 
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+def _advance(p: Parameters, tokens: Tensor, n_heads: int, n_layers: int, seen: dict[str, Tensor]) -> Tensor:
+    """`before_last_mlp` at the positions that follow those whose keys and values are in `seen`; adds theirs to it."""
+    start = seen["layers.0.k"].shape[2] if seen else 0
+    resid = F.embedding(tokens, p["tok_embed.weight"]) + p["pos.weight"][start:start + tokens.shape[1]]
+    for layer in (f"layers.{i}" for i in range(n_layers)):
+        x = norm(p, f"{layer}.ln1", resid)
+        q, k, v = (linear(p, f"{layer}.attn.{name}", x).unflatten(-1, (n_heads, -1)).transpose(1, 2) for name in "qkv")
+        for name, new in ((f"{layer}.k", k), (f"{layer}.v", v)):
+            seen[name] = torch.cat([seen[name], new], 2) if start else new
+        z = F.scaled_dot_product_attention(q, seen[f"{layer}.k"], seen[f"{layer}.v"], is_causal=not start)
+        resid = resid + linear(p, f"{layer}.attn.o", z.transpose(1, 2).flatten(-2))
+        if layer != f"layers.{n_layers - 1}":
+            resid = resid + linear(p, f"{layer}.mlp.fc_out", mlp_post(p, layer, resid))
+    return resid
+
+
+@torch.no_grad()
+def sample(model: Transformer, prompt: Int[Tensor, " pos"], n_tokens: int, seed: int, n_samples: int = 1,
+           temperature: float = 1.0, edit: MlpEdit | None = None) -> Int[Tensor, "n_samples length"]:
+    """Continue a prompt, with the last layer's MLP activations edited if there is an edit.
+
+    The edit gets the last position alone, [n_samples, 1, d_mlp]: what it would do at earlier ones reaches no later prediction.
+
+    Raises StudyError if the prompt and what follows do not fit in the model's context.
+    """
+    p, cfg = parameters(model), model.cfg
+    if len(prompt) + n_tokens > cfg.n_ctx:
+        raise StudyError(f"A prompt of {len(prompt)} tokens and {n_tokens} more do not fit in the model's context of "
+                         f"{cfg.n_ctx}; ask for fewer.")
+    rng, tokens, last = generator(seed, "sample"), prompt.long().repeat(n_samples, 1), f"layers.{cfg.n_layers - 1}"
+    following, seen = tokens, {}
+    for _ in range(n_tokens):
+        resid = _advance(p, following, cfg.n_heads, cfg.n_layers, seen)[:, -1:]
+        acts = mlp_post(p, last, resid)
+        probabilities = torch.softmax(logits(p, last, resid, acts if edit is None else edit(acts))[:, 0] / temperature, -1)
+        following = torch.multinomial(probabilities, 1, generator=rng)
+        tokens = torch.cat([tokens, following], dim=1)
+    return tokens
+
+
 # --- controls, baselines, files --------------------------------------------------------------------------------------
 
 def shuffle_weights(model: Transformer, config: TransformerConfig, seed: int) -> Transformer:
@@ -172,24 +226,6 @@ def ngram_losses(train: Int[Tensor, " n"], held_out: Int[Tensor, "n_contexts n_c
     bigram = min(-((pair_counts + prior * unigram[following]) / (counts[previous] + prior)).log().mean().item()
                  for prior in (3.0, 10.0, 30.0, 100.0))
     return {"unigram": -unigram[following].log().mean().item(), "bigram": bigram}
-
-
-@torch.no_grad()
-def sample(model: Transformer, prompt: Int[Tensor, " pos"], n_tokens: int, seed: int, n_samples: int = 1,
-           temperature: float = 1.0) -> Int[Tensor, "n_samples length"]:
-    """Continue a prompt; the prompt and what follows must fit in the model's context."""
-    p, cfg = parameters(model), model.cfg
-    if len(prompt) + n_tokens > cfg.n_ctx:
-        raise StudyError(f"A prompt of {len(prompt)} tokens and {n_tokens} more do not fit in the model's context of "
-                         f"{cfg.n_ctx}; ask for fewer.")
-    rng, tokens, last = generator(seed, "sample"), prompt.long().repeat(n_samples, 1), f"layers.{cfg.n_layers - 1}"
-    for _ in range(n_tokens):
-        resid = before_last_mlp(p, tokens, cfg.n_heads, cfg.n_layers)[:, -1]
-        resid = resid + linear(p, f"{last}.mlp.fc_out", mlp_post(p, last, resid))
-        logits = F.linear(norm(p, "ln_out", resid), p["head.weight"])
-        following = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=rng)
-        tokens = torch.cat([tokens, following], dim=1)
-    return tokens
 
 
 def save_transformer(model: Transformer, path: Path) -> None:

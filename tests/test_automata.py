@@ -4,24 +4,13 @@ import pytest
 import torch
 from scipy import stats
 from scipy.sparse import csc_array
+from texts import make_text, one_hot_table
 
 from sae_lib.automata import EdgeCriterion, continues, find_automata, find_edges, hand_overs, token_profiles
 from sae_lib.errors import StudyError
 from sae_lib.evaluate import Text
 
 ANY = EdgeCriterion(weight=-100.0, share=0.0, lift=0.0, level=1.0, n_permutations=99, n_strata=1, min_fired=1, min_count=1)
-
-
-def make_text(contexts, documents=None) -> Text:
-    contexts = torch.as_tensor(contexts)
-    if documents is None:
-        documents = torch.arange(len(contexts))[:, None].expand_as(contexts)
-    return Text(contexts, torch.as_tensor(documents), torch.zeros_like(contexts))
-
-
-def one_hot_table(text: Text, d_vocab: int) -> csc_array:
-    """Unit t fires on token t alone."""
-    return csc_array(np.eye(d_vocab, dtype=np.float32)[text.contexts.flatten()])
 
 
 def chain(transitions: np.ndarray, n_contexts: int, n_ctx: int, seed: int = 0) -> Text:

@@ -3,24 +3,12 @@ import pandas as pd
 import pytest
 import torch
 from scipy.sparse import csc_array
+from texts import make_text, one_hot_table
 
 from sae_lib.automata_sampling import prompts, their_documents, unlinked, verify
 from sae_lib.errors import StudyError
 from sae_lib.evaluate import Text
 from sae_lib.transformer import TransformerConfig, build, parameters
-
-
-def make_text(contexts, documents=None) -> Text:
-    contexts = torch.as_tensor(contexts)
-    if documents is None:
-        documents = torch.arange(len(contexts))[:, None].expand_as(contexts)
-    return Text(contexts, torch.as_tensor(documents), torch.zeros_like(contexts))
-
-
-def one_hot_table(text: Text, d_vocab: int) -> csc_array:
-    """Unit t fires on token t alone."""
-    return csc_array(np.eye(d_vocab, dtype=np.float32)[text.contexts.flatten()])
-
 
 # --- verification ----------------------------------------------------------------------------------------------------
 

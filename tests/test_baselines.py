@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lib.baselines import ica, neurons, pca, random_directions
+from sae_lib.baselines import ica, pca, random_directions
 from sae_lib.errors import StudyError
 
 
@@ -38,10 +38,6 @@ def test_random_directions_are_unit_long_and_seeded(sample):
     torch.testing.assert_close(found.directions.norm(dim=0), torch.ones(40))
     assert torch.equal(found.encode(sample), (sample @ found.directions).relu())
     assert not torch.equal(found.directions, random_directions(6, 40, seed=2).directions)
-
-
-def test_neurons_are_themselves(sample):
-    assert neurons(sample) is sample
 
 
 def test_more_components_than_the_sample_has(sample):

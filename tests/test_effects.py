@@ -20,13 +20,12 @@ from sae_lib.effects import (
     mean_effect,
     pin,
     pin_neuron,
-    steered_sample,
     top_logits,
 )
 from sae_lib.errors import StudyError
 from sae_lib.sae import SAE, SAEConfig
 from sae_lib.seeds import generator
-from sae_lib.transformer import TransformerConfig, build, mlp_activations, parameters, sample
+from sae_lib.transformer import TransformerConfig, build, mlp_activations, parameters
 
 TINY = TransformerConfig(n_tokens=1, d_vocab=50, n_ctx=16, d_model=16, n_heads=2, d_mlp=24)
 
@@ -217,33 +216,11 @@ def test_only_edited_positions_are_worked_on(model, monkeypatch):
         edited[2, 15] += 1  # the last position predicts nothing
         return edited
 
-    inner = effects._logits
-    monkeypatch.setattr(effects, "_logits", lambda p, layer, resid, acts: rows.append(len(acts)) or inner(p, layer, resid, acts))
+    inner = effects.logits
+    monkeypatch.setattr(effects, "logits", lambda p, layer, resid, acts: rows.append(len(acts)) or inner(p, layer, resid, acts))
     found = ablation_effects(model, text, edit)
     assert found.nonzero().tolist() == [[1, 4]]
     assert rows == [1, 1]
-
-
-def test_samples_without_an_edit_are_those_of_the_transformer(model):
-    prompt = torch.tensor([1, 2, 3])
-    expected = sample(model, prompt, 10, 4, n_samples=3, temperature=0.7)
-    assert torch.equal(steered_sample(model, prompt, 10, None, 4, n_samples=3, temperature=0.7), expected)
-    assert torch.equal(steered_sample(model, prompt, 10, lambda acts: acts, 4, n_samples=3, temperature=0.7), expected)
-    with pytest.raises(StudyError, match="do not fit"):
-        steered_sample(model, prompt, 14, None, 0)
-
-
-@pytest.mark.parametrize("n_layers", [1, 2])
-def test_each_sampled_token_is_drawn_from_the_hooked_model(n_layers):
-    """At a temperature near zero the sample is the argmax of the bridge with the edit hooked in on every position."""
-    model = scrambled(n_layers)
-    edit, text = add(torch.randn(24, generator=generator(0, "test")), 2.0), torch.tensor([[1, 2, 3]])
-    steered = steered_sample(model, text[0], 10, edit, 0, temperature=1e-6)
-    hook = (f"blocks.{n_layers - 1}.mlp.hook_post", lambda acts, hook: edit(acts))
-    for _ in range(10):
-        text = torch.cat([text, model.run_with_hooks(text, fwd_hooks=[hook])[:, -1:].argmax(-1)], 1)
-    assert torch.equal(steered, text)
-    assert not torch.equal(steered, steered_sample(model, text[0, :3], 10, None, 0, temperature=1e-6))
 
 
 # --- what was sampled ------------------------------------------------------------------------------------------------

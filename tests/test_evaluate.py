@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lib.evaluate import Detectors, Text, best_detectors, count_won, held_out_pass, label_correlations
+from sae_lib.evaluate import (
+    Detectors,
+    LabelCorrelations,
+    Text,
+    best_detectors,
+    count_won,
+    held_out_pass,
+    label_correlations,
+)
 from sae_lib.sae import SAE, SAEConfig
 from sae_lib.transformer import TransformerConfig, build, mlp_activations, parameters, token_losses
 
@@ -101,3 +109,23 @@ def test_contexts_won_by_a_margin():
 
     won = count_won(detectors([1, 1]), detectors([0, 1]), 0.3, n_boot=20)
     assert won == (1, 1, 1)
+
+
+def test_correlations_equal_numpy_in_any_batching():
+    acts, labels = torch.rand(300, 5).relu(), torch.randint(0, 3, (300,))
+    acts[:, 4] = 0
+    expected = np.array([[np.corrcoef(acts[:, u], labels == c)[0, 1] for c in range(3)] for u in range(4)])
+    for size in (300, 7):
+        correlations = LabelCorrelations(5, 4)
+        for a, c in zip(acts.split(size), labels.split(size), strict=True):
+            correlations.update(a, c)
+        np.testing.assert_allclose(correlations.pearson()[:4, :3], expected, atol=1e-5)
+        assert (correlations.pearson()[4] == 0).all()  # never fires
+        assert (correlations.pearson()[:, 3] == 0).all()  # never occurs
+
+
+def test_a_perfect_detector_has_correlation_one_and_a_shared_one_less():
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    correlations = LabelCorrelations(2, 3)
+    correlations.update(torch.stack([(labels == 1).float() * 7, (labels >= 1).float()], 1), labels)
+    torch.testing.assert_close(correlations.pearson()[:, 1], torch.tensor([1.0, 0.5]))

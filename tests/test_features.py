@@ -6,7 +6,6 @@ from scipy.sparse import csc_array
 from sae_lib import features
 from sae_lib.errors import StudyError
 from sae_lib.features import (
-    LabelCorrelations,
     activation_table,
     best_unit,
     column,
@@ -14,6 +13,7 @@ from sae_lib.features import (
     intervals,
     is_single_token,
     maxima,
+    pearson_difference,
     pearson_interval,
     pearson_sums,
     pearson_with,
@@ -26,26 +26,6 @@ from sae_lib.features import (
 )
 from sae_lib.metrics import pearson_from_sums, share_interval
 from sae_lib.transformer import TransformerConfig, build, mlp_activations, parameters
-
-
-def test_correlations_equal_numpy_in_any_batching():
-    acts, labels = torch.rand(300, 5).relu(), torch.randint(0, 3, (300,))
-    acts[:, 4] = 0
-    expected = np.array([[np.corrcoef(acts[:, u], labels == c)[0, 1] for c in range(3)] for u in range(4)])
-    for size in (300, 7):
-        correlations = LabelCorrelations(5, 4)
-        for a, c in zip(acts.split(size), labels.split(size), strict=True):
-            correlations.update(a, c)
-        np.testing.assert_allclose(correlations.pearson()[:4, :3], expected, atol=1e-5)
-        assert (correlations.pearson()[4] == 0).all()  # never fires
-        assert (correlations.pearson()[:, 3] == 0).all()  # never occurs
-
-
-def test_a_perfect_detector_has_correlation_one_and_a_shared_one_less():
-    labels = torch.tensor([0, 0, 1, 1, 2, 2])
-    correlations = LabelCorrelations(2, 3)
-    correlations.update(torch.stack([(labels == 1).float() * 7, (labels >= 1).float()], 1), labels)
-    torch.testing.assert_close(correlations.pearson()[:, 1], torch.tensor([1.0, 0.5]))
 
 
 def test_document_sums_add_up_to_the_pearson_of_all_tokens():
@@ -136,6 +116,35 @@ def test_the_interval_of_a_correlation_is_about_the_correlation_of_all_tokens():
     interval = pearson_interval(table_of([np.zeros(600), acts]), 1, target, np.arange(600) // 20, n_boot=200)
     assert interval.value == pytest.approx(np.corrcoef(acts, target)[0, 1], abs=1e-6)
     assert interval.low < interval.value < interval.high
+
+
+def test_a_unit_is_no_better_than_itself():
+    rng = np.random.default_rng(2)
+    acts, target = np.maximum(rng.normal(size=200), 0), rng.random(200) < 0.3
+    assert pearson_difference(table_of([acts, acts]), 0, 1, target, np.arange(200) // 10, n_boot=50) == (0, 0, 0)
+
+
+def test_the_paired_difference_by_hand():
+    # Two documents, the same four tokens in each: the target, the target, and a unit that has one of its two tokens.
+    target = np.tile([True, True, False, False], 2)
+    table = table_of([target, np.tile([1, 0, 0, 0], 2)])
+    expected = 1 - 1 / np.sqrt(3)  # of the second: (4 * 1 - 2 * 1) / sqrt((4 * 2 - 4) * (4 * 1 - 1))
+    found = pearson_difference(table, 0, 1, target, np.arange(8) // 4, n_boot=20)
+    assert found == pytest.approx((expected, expected, expected))
+    assert pearson_difference(table, 1, 0, target, np.arange(8) // 4, n_boot=20).value == pytest.approx(-expected)
+
+
+def test_documents_are_drawn_for_both_units_at_once():
+    """What makes one document hard makes it hard for both, so the difference is known better than either correlation."""
+    rng = np.random.default_rng(3)
+    documents, target = np.arange(2000) // 20, rng.random(2000) < 0.3
+    noise = rng.normal(size=2000) * rng.choice([0.1, 3], 100)[documents]
+    table = table_of([np.maximum(target + noise, 0), np.maximum(target + noise + 0.5 * rng.normal(size=2000), 0)])
+    one, other = (pearson_interval(table, unit, target, documents, n_boot=300) for unit in (0, 1))
+    difference = pearson_difference(table, 0, 1, target, documents, n_boot=300)
+    assert difference.value == pytest.approx(one.value - other.value)
+    assert one.low < other.high  # the two intervals overlap,
+    assert 0 < difference.low < difference.value < difference.high < (one.high - one.low) / 2  # yet the first is better
 
 
 def test_a_correlation_with_what_does_not_vary_is_zero():

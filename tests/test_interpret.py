@@ -14,10 +14,12 @@ from sae_lib.interpret import (
     Unanswered,
     activation_scores,
     activations_at,
+    interval_scores,
+    like_the_top,
     logit_question,
-    median_interval,
     sample_examples,
     score_units,
+    unit_interval,
 )
 
 TOKEN = 7
@@ -209,11 +211,57 @@ def test_short_contexts_are_refused():
         FlatText(torch.zeros(3, 8, dtype=torch.int64))
 
 
-def test_median_interval():
-    interval = median_interval([0.1, 0.5, 0.9, float("nan")], n_boot=200)
+def test_unit_interval():
+    interval = unit_interval([0.1, 0.5, 0.9, float("nan")], n_boot=200)
     assert interval.value == 0.5 and interval.low == 0.1 and interval.high == 0.9
-    many = median_interval(np.random.default_rng(0).normal(0.6, 0.1, 400))
+    many = unit_interval(np.random.default_rng(0).normal(0.6, 0.1, 400))
     # The standard error of a normal sample's median is 1.253 sd / sqrt(n).
     assert many.high - many.low == pytest.approx(2 * 1.96 * 1.253 * 0.1 / 20, rel=0.35)
     with pytest.raises(StudyError, match="two scored units"):
-        median_interval([0.3, float("nan")])
+        unit_interval([0.3, float("nan")])
+
+
+def test_interval_scores_by_hand():
+    levels, predicted = np.zeros((4, 9), int), np.zeros((4, 9))
+    levels[0, 4], levels[1, 4], levels[3, 0] = 9, 1, 5
+    predicted[0, 4], predicted[3, :3] = 3, (9, 2, 5)
+    examples = Examples(levels, levels, np.zeros(4, int), ["top", "low", ELSEWHERE, RANDOM], np.ones(4))
+    own = np.tile(np.arange(9) == 4, (4, 1))
+    # Silent are the last window's tokens but for its first: seven predicted 0 or 2 or 5, in all eight.
+    scores = interval_scores(predicted, examples, own)
+    assert scores == {"top": 7 / 8, "low": (0 + 6 / 2) / 8}
+    everywhere = examples._replace(levels=np.ones((4, 9), int))
+    assert interval_scores(predicted, everywhere, own) == {}
+
+
+def test_like_the_top_by_hand():
+    intervals = {"top": np.array([0, 1, 2]), "low": np.array([3, 4])}
+    assert like_the_top(intervals, np.array([7, 7, 2, 2, 7])) == {"top": pytest.approx(2 / 3), "low": 0.5}
+
+
+def test_an_asked_window_never_overlaps_a_shown_one(contexts):
+    contexts[:, 3::2] = TOKEN  # so dense that neighbours' windows overlap
+    where = np.flatnonzero(contexts.flatten().numpy() == TOKEN)
+    _, shown, asked = sampled(contexts, (where, np.linspace(0.01, 4, len(where), dtype=np.float32)))
+    text = FlatText(contexts)
+    assert not set(text.windows(shown.index).ravel()) & set(text.windows(asked.index).ravel())
+
+
+def test_chance_is_the_explanation_of_another_unit(contexts, column):
+    class Numbered(Knowing):
+        made = 0
+
+        def explain(self, *_):
+            Numbered.made += 1
+            told = Numbered()
+            told.first = Numbered.made == 1
+            return told
+
+        def logits(self, tokens):
+            return (tokens >= 200) == self.first
+
+    rising = torch.arange(300.0).repeat(2, 1)
+    scores = score_units(table_of(contexts, column, column), contexts, range(2), Numbered(), rising)
+    right = 0.5 + (logit_question(rising[1].numpy(), 0, 1)[0] < 200).mean()
+    assert np.isnan(scores.logit_of_another[0])
+    assert scores.logit_of_another[1] == pytest.approx(right) and scores.logit[1] == pytest.approx(1 - right)

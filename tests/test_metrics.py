@@ -12,6 +12,7 @@ from sae_lib.metrics import (
     bootstrap_interval,
     density_summary,
     feature_density,
+    half_sample_interval,
     loss_recovered,
     mmcs,
     pearson_from_sums,
@@ -175,3 +176,49 @@ def test_share_interval_by_hand():
     # Wilson's interval for 10 of 100, as tabulated; and for none of 100, whose lower end is 0.
     assert share_interval(10, 100) == pytest.approx((0.1, 0.05523, 0.17437), abs=1e-4)
     assert share_interval(0, 100) == pytest.approx((0.0, 0.0, 0.03699), abs=1e-4)
+
+
+# --- halves ----------------------------------------------------------------------------------------------------------
+
+MEAN = lambda t: t[..., 0] / t[..., 1]
+
+
+def documents_of(values) -> np.ndarray:
+    return np.stack([values, np.ones(len(values))], axis=1)
+
+
+def test_halves_of_two_documents_by_hand():
+    # The mean is 1, that of either half 0 or 2; half a sample left out, so that halves count as they are.
+    interval, lean = half_sample_interval(documents_of([0.0, 2.0]), MEAN, n_boot=400)
+    assert interval.value == 1
+    assert (interval.low, interval.high) == pytest.approx((0, 2), abs=0.2)
+    assert lean == pytest.approx((interval.low + interval.high) / -2 + 1)  # the halves' own mean is what they were centred by
+    assert half_sample_interval(documents_of([3.0] * 9), MEAN, n_boot=20) == ((3, 3, 3), 0)
+    with pytest.raises(StudyError, match="two documents"):
+        half_sample_interval(documents_of([1.0]), MEAN)
+
+
+@pytest.mark.parametrize("n", [40, 41])
+def test_halves_of_a_mean_give_its_standard_error_and_of_its_square_the_bias(n):
+    values = np.random.default_rng(0).normal(1, 2, n)
+    variance = values.var(ddof=1) / n  # of the mean, from halves drawn without replacement exactly so
+    interval, lean = half_sample_interval(documents_of(values), MEAN, n_boot=4000)
+    assert (interval.high - interval.low) / (2 * 1.96 * math.sqrt(variance)) == pytest.approx(1, abs=0.06)
+    assert abs(lean) < 0.1 * math.sqrt(variance)
+    _, lean = half_sample_interval(documents_of(values), lambda t: MEAN(t) ** 2, n_boot=4000)
+    assert lean == pytest.approx(variance, rel=0.2)  # E[mean^2] is greater than E[mean]^2 by the variance of the mean
+
+
+def test_what_counts_documents_leans_and_the_interval_still_holds_the_value():
+    """The share of 40 documents that are there: all in the whole, half in a half, 63 % in a draw with replacement."""
+    there = lambda t: (t > 0).mean(axis=-1)
+    assert half_sample_interval(np.eye(40), there, n_boot=50) == ((1, 1, 1), -0.5)
+    assert bootstrap_interval(np.eye(40), there, n_boot=50).high < 0.8
+
+
+def test_halves_cover_the_truth_as_often_as_they_say():
+    covered, rng = 0, np.random.default_rng(2)
+    for i in range(200):
+        interval, _ = half_sample_interval(documents_of(rng.normal(size=60)), MEAN, n_boot=300, seed=i)
+        covered += interval.low < 0 < interval.high
+    assert 0.90 <= covered / 200 <= 0.98

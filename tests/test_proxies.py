@@ -24,8 +24,9 @@ def scores(name, context, vocabulary, sample, **options):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    documents = [Document("d", "the cat sat on the mat שלום עולם and 3 cats ran " * 5, "s")] * 4
-    return train_tokenizer(documents, TokenConfig(vocab_size=285))
+    text = "the cat sat on the mat שלום עולם and 3 cats ran over many other hats with their rats into that barn "
+    documents = [Document("d", text * 5, "s")] * 4
+    return train_tokenizer(documents, TokenConfig(vocab_size=310))
 
 
 @given(st.text())
@@ -37,13 +38,13 @@ def test_the_bytes_of_tokens_are_the_bytes_of_the_text(tokenizer, text):
 
 def test_the_vocabulary_has_every_byte_and_nothing_for_end_of_text(tokenizer):
     vocabulary = token_bytes(tokenizer)
-    assert len(vocabulary) == 285 and vocabulary[0] == b""
+    assert len(vocabulary) == 310 and vocabulary[0] == b""
     assert {bytes([b]) for b in range(256)} <= set(vocabulary)
     assert b" cat" in vocabulary and any(token.endswith("ל".encode()) for token in vocabulary)
 
 
 def test_a_tokenizer_of_words_is_refused():
-    with pytest.raises(StudyError, match="byte-level"):
+    with pytest.raises(StudyError, match="no tokens for single bytes"):
         token_bytes(Tokenizer(models.WordLevel({"two words": 0}, unk_token="two words")))
 
 
@@ -115,7 +116,8 @@ def test_no_character_reaches_over_end_of_text_or_into_the_next_context():
 
 WRITTEN = {
     "arabic": "العربية", "hebrew": "עברית", "russian": "русский", "greek": "Ελληνικά", "armenian": "հայերեն",
-    "georgian": "ქართული", "amharic": "አማርኛ", "hindi": "हिन्दी", "bengali": "বাংলা", "tamil": "தமிழ்", "thai": "ไทย",
+    "georgian": "ქართული", "amharic": "አማርኛ", "hindi": "हिन्दी", "bengali": "বাংলা", "tamil": "தமிழ்",
+    "telugu": "తెలుగు", "thai": "ไทย",
     "khmer": "ខ្មែរ", "korean": "한국어", "japanese": "ひらがなカタカナ", "chinese": "中文",
 }
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,13 @@ def test_forward_of_a_literal_dictionary():
     # x - b_dec = (2, 3); pre = (2, 6, 5) + (0, -1, -10); x_hat = (2, 5) + b_dec.
     assert features.tolist() == [[2.0, 5.0, 0.0]]
     assert x_hat.tolist() == [[3.0, 4.0]]
+    assert sae.encode(torch.tensor([[3.0, 2.0]]), [2, 0]).tolist() == [[0.0, 2.0]]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_some_features_are_columns_of_all(kind):
+    sae, x = random_sae(), torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(sae.encode(x, kind([7, 0, 7])), sae.encode(x)[..., [7, 0, 7]])
 
 
 def test_initialisation_is_kaiming_uniform_with_unit_rows_and_depends_on_the_seed_alone():
@@ -78,6 +86,17 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert loaded.metadata == sae.metadata
     assert loaded.config == sae.config
     assert {f.name for f in tmp_path.iterdir()} == {"cfg.json", "sae_weights.safetensors"}
+
+
+def test_half_precision_halves_the_file_and_is_read_as_float32(tmp_path):
+    sae = random_sae()
+    sae.save(tmp_path, torch.float16)
+    loaded = SAE.load(tmp_path)
+    assert json.loads((tmp_path / "cfg.json").read_text())["dtype"] == "float16"
+    stored = load_file(tmp_path / "sae_weights.safetensors")
+    for (name, value), read in zip(sae.named_parameters(), loaded.parameters(), strict=True):
+        assert stored[name].dtype == torch.float16 and read.dtype == torch.float32
+        assert torch.equal(read, value.half().float())
 
 
 def rewrite(folder, **changes):

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sae_lib.study.diagrams import NODE, Drawn, arrow, automata_figure, layout, marked_html, stay_figure, token_list
+from sae_lib.study.diagrams import NODE, Drawn, arrow, automata_figure, layout, marked_html, spelled, stay_figure, token_list
 
 NAN = np.nan
 RATES = {"automaton": "a & b", "stay": 0.6, "low": 0.5, "high": 0.8, "control": 0.2, "control_low": 0.1, "control_high": 0.25,
@@ -14,6 +14,21 @@ def test_tokens_of_a_label_are_escaped_and_cut_to_the_width():
     assert token_list(tokens) == "\u2068'&lt;b&gt;'\u2069 \u2068'&amp;'\u2069 \u2068b'\\xd8'\u2069 \u2068'س'\u2069"
     assert token_list(tokens, width=10) == token_list(tokens[:2])
     assert token_list([b"a long one"], width=3) == "\u2068'a long one'\u2069"
+
+
+@pytest.mark.parametrize(("token", "expected"), [
+    (b" the\n", "' the\\n'"), ("سя→".encode(), "'سя→'"), (b"\xd8", "b'\\xd8'"), ("\ue000".encode(), "'‹U+e000›'"),
+    (" கா".encode(), "' ‹Tamil ka›‹Tamil sign aa›'"), ("中한".encode(), "'‹Cjk 4e2d›‹Hangul han›'"),
+])
+def test_letters_that_a_font_may_lack_are_named(token, expected):
+    assert spelled(token) == expected
+
+
+def test_pictures_name_letters_where_pages_show_them():
+    tamil = "க".encode()
+    fig = automata_figure([Drawn("one", (7,), [[tamil]], np.array([[0.5]]))])
+    assert fig.layout.annotations[-1].text == "<b>1</b> \u2068'‹Tamil ka›'\u2069"
+    assert token_list([tamil]) == "\u2068'க'\u2069"
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])

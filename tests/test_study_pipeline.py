@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sae_lib.errors import StudyError
-from sae_lib.study import pipeline
+from sae_lib.evaluate import held_out_pass
+from sae_lib.study import pipeline, replicas
 from sae_lib.study.profiles import PROFILES, SMOKE
 from sae_lib.transformer import parameters
 
@@ -24,9 +25,9 @@ def study(tmp_path, monkeypatch):
     train = replace(SMOKE.dictionary, n_activations=2560, batch_size=128, resample_inputs=256)
     tiny = replace(
         SMOKE, name="tiny", corpus=replace(SMOKE.corpus, source=f"files:{tmp_path / 'text'}", target_tokens=8_000),
-        tokens=replace(SMOKE.tokens, vocab_size=290, n_ctx=16, validation_fraction=0.1, test_fraction=0.1),
-        transformer=replace(SMOKE.transformer, n_tokens=8_000, d_vocab=290, n_ctx=16, d_model=16, d_mlp=32, batch_contexts=8),
-        stream=replace(SMOKE.stream, tokens_per_context=15), dictionary=train, sweep=replace(train, l1_coefficient=1.0),
+        tokens=replace(SMOKE.tokens, vocab_size=290, n_ctx=32, validation_fraction=0.1, test_fraction=0.1),
+        transformer=replace(SMOKE.transformer, n_tokens=8_000, d_vocab=290, n_ctx=32, d_model=16, d_mlp=32, batch_contexts=8),
+        stream=replace(SMOKE.stream, tokens_per_context=31), dictionary=train, sweep=replace(train, l1_coefficient=1.0),
         sweep_l1=(1.0, 3.0),
         held_out_contexts=40, bootstrap=20, correction_activations=512)
     monkeypatch.setitem(PROFILES, "tiny", tiny)
@@ -71,8 +72,30 @@ def test_twins_differ_and_the_control_is_shuffled(study):
     weight = lambda model: parameters(model)["head.weight"]
     assert not torch.equal(weight(a), weight(b))
     assert torch.equal(weight(a).flatten().sort().values, weight(control).flatten().sort().values)
-    with pytest.raises(StudyError, match="ask for A, B or random"):
-        made.transformer("C")
+    assert not torch.equal(weight(made.transformer("C").model), weight(a))
+    with pytest.raises(StudyError, match="ask for A, B, C or random"):
+        made.transformer("D")
+
+
+def test_further_trainings_are_measured_as_the_first(study):
+    """Every headline number but that of universality, for which the text is too little here."""
+    made = study()
+    values = replicas.headline(made, "B")
+    assert set(values) == {row for row in replicas.ROWS if not row.startswith("07")}
+    found = held_out_pass(made.transformer("B").model, made.held_out("test"), made.dictionary("B").model)
+    assert values["03.l0"] == found.average("l0", seed=0, n_boot=2).value > 0
+    assert values["03.loss_recovered"] != replicas.headline(made, "A")["03.loss_recovered"]
+
+
+def test_further_trainings_are_known_once_they_are_made(study, monkeypatch):
+    """Before, nothing is known, and nothing is trained to find out."""
+    made = study()
+    assert replicas.known(made, "03.l0") == [] == replicas.known(made, "02.no.such.row")
+    monkeypatch.setattr(replicas, "headline", lambda _, which: dict.fromkeys(replicas.ROWS, {"B": 1.0, "C": 2.0}[which]))
+    monkeypatch.setattr(replicas, "universality", lambda _, first, second: {"07.median.feature": float(first == "A")})
+    assert set(replicas.make(made)) == set(replicas.ROWS)
+    assert replicas.known(made, "03.l0") == [1.0, 2.0]
+    assert replicas.known(study("load"), "07.median.feature") == [0.0, 1.0]
 
 
 def test_unknown_profiles_are_named():

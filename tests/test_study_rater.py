@@ -3,7 +3,7 @@ import pytest
 
 from sae_lib import rubric
 from sae_lib.errors import StudyError
-from sae_lib.study.rater import Rater, Session, Shown, item_html, token_html
+from sae_lib.study.rater import Rater, Session, Shown, item_html
 
 VOCABULARY = [b"<b>", b" two", b"\n", b"\xd8"]
 ANSWERS = {"confidence": 2, "activations": 4, "logits": 1, "separation": 1, "specificity": 0}
@@ -23,15 +23,12 @@ def show(item):
     return Shown(np.array([[0, 1, 2]]), np.array([[9, 0, 3]]), [1, 3])
 
 
-def test_tokens_are_escaped_and_darker_where_the_unit_fires():
-    assert "&lt;b&gt;" in token_html(b"<b>", 9) and "<b>" not in token_html(b"<b>", 9)
-    assert "1.00)" in token_html(b"a", 9) and "0.00)" in token_html(b"a") and "↵" in token_html(b"\n")
-    assert "\ufffd" in token_html(b"\xd8")
-
-
 def test_an_item_shows_examples_and_logits(items):
     shown = item_html(show(items[0]), VOCABULARY)
-    assert shown.count("<span") == 5 and "Made more likely" in shown
+    assert shown.count("<span") == 5 and "<b>" not in shown
+    first, _, third, *logits = shown.split("<span")[1:]
+    assert "1.00)" in first and "level 9" in first and "0.33)" in third and "↵" in third
+    assert "&#x27; two&#x27;" in logits[0] and "b&#x27;\\xd8&#x27;" in logits[1]
 
 
 def test_a_session_goes_through_the_items_and_resumes(items, path):
@@ -66,3 +63,15 @@ def test_the_widget_saves_explains_and_ends(items, path):
     assert "Thank you" in rater.examples.value
     rater.save(), rater.skip()
     assert len(rubric.read(path)) == 3
+
+
+def test_the_widget_waits_for_a_name_and_starts_anew_with_another(items, path):
+    rater = Rater(items, show, VOCABULARY, path)
+    assert "name" in rater.examples.value and "Made more likely" not in rater.examples.value
+    rater.save()
+    assert "name" in rater.message.value and not path.exists()
+    rater.name.value = "ann"
+    assert "Made more likely" in rater.examples.value
+    rater.save()
+    rater.name.value = "ben"
+    assert rater.message.value == "0 of 3 rated" and [entry.rater for entry in rubric.read(path)] == ["ann"]

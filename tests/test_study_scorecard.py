@@ -44,6 +44,16 @@ def test_same_id_replaces_and_order_is_by_id(path):
     assert card.table().ours.iloc[1] == 12.5
 
 
+def test_rows_rest_on_the_further_trainings_that_are_known_too(path):
+    card = Scorecard(path)
+    card.others = lambda row: [0.25, 0.5] if row == "03.l0" else []
+    for id in ("03.l0", "03.dead_fraction"):
+        card.row(id, **ROW)
+    table = card.table().set_index("id")
+    assert table.seeds.to_dict() == {"03.dead_fraction": 1, "03.l0": 3}
+    assert table.caveat.to_dict() == {"03.dead_fraction": "L0 differs", "03.l0": "L0 differs; other trainings: 0.25, 0.5"}
+
+
 def test_table_of_nothing(path):
     assert list(Scorecard(path).table().columns) == list(COLUMNS) and len(Scorecard(path).table()) == 0
 

@@ -37,6 +37,13 @@ def test_any_text_survives_a_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+def test_tokens_are_whole_characters_or_single_bytes(tokenizer):
+    """Rare characters are bytes; none of these is joined to the letter beside it."""
+    tokens = [tokenizer.id_to_token(i) for i in tokenizer.encode("gold \u05d0gold").ids]
+    at = tokens.index("<0xD7>")
+    assert tokens[at + 1] == "<0x90>" and "".join(tokens[:at] + tokens[at + 2:]) == "gold gold"
+
+
 def test_end_of_text_is_token_zero_and_cannot_be_written(tokenizer):
     assert tokenizer.token_to_id("<|endoftext|>") == 0
     assert 0 not in tokenizer.encode("a<|endoftext|>b").ids
@@ -61,7 +68,7 @@ def test_the_sample_holds_every_domain_and_stays_in_its_limit(monkeypatch):
 
 
 def test_too_little_text_for_the_vocabulary():
-    with pytest.raises(StudyError, match="258 tokens only, 4096 are wanted"):
+    with pytest.raises(StudyError, match="260 tokens only, 4096 are wanted"):
         train_tokenizer([Document("a", "ab", "a")], TokenConfig())
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sae_lib.errors import StudyError
-from sae_lib.pretrain import _UnembedCrossEntropy, learning_rate, train_transformer, training_loss
+from sae_lib.pretrain import learning_rate, loss_gradients, train_transformer, unembed_gradients
+from sae_lib.seeds import generator
 from sae_lib.transformer import (
     TransformerConfig,
     build,
@@ -66,18 +67,38 @@ def test_kept_positions_are_gathered():
 def test_cross_entropy_and_its_gradients_equal_autograd():
     x, weight = torch.randn(1500, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(0, 50, (1500,))
-    ours = torch.autograd.grad(loss := _UnembedCrossEntropy.apply(x, weight, targets), (x, weight))
-    theirs = torch.autograd.grad(expected := torch.nn.functional.cross_entropy(x @ weight.T, targets), (x, weight))
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(ours, theirs)
+    loss, *ours = unembed_gradients(x.detach(), weight.detach(), targets)
+    expected = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum")
+    theirs = torch.autograd.grad(expected, (x, weight))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(tuple(ours), theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_training_loss_equals_the_bridge_in_float32_and_nearly_so_in_bfloat16():
-    model, tokens = scrambled(), contexts(3).long()
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_loss_and_gradients_equal_the_bridge_in_float32_and_nearly_so_in_bfloat16(n_layers):
+    config = TransformerConfig(**{**vars(TINY), "n_layers": n_layers})
+    model, tokens = scrambled(config).requires_grad_(True), contexts(11, config).long()  # two micro-batches, unequal
     expected = model(tokens, return_type="loss")
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        loss = training_loss(parameters(model), tokens, 2, 1, dtype)
-        torch.testing.assert_close(loss, expected, atol=tolerance, rtol=tolerance)
+    theirs = torch.autograd.grad(expected, list(parameters(model).values()))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        loss, grads = loss_gradients(parameters(model), tokens, 2, n_layers, dtype)
+        assert loss == pytest.approx(expected.item(), rel=tolerance)
+        ours = torch.cat([grads[name].flatten() for name in parameters(model)])
+        exact = torch.cat([grad.flatten() for grad in theirs])
+        assert (ours - exact).norm() <= 3 * tolerance * exact.norm(), dtype
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads():
+    model, tokens, threads = scrambled(), contexts(16).long(), torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(loss_gradients(parameters(model), tokens, 2, 1, torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
 def test_training_learns():
@@ -152,6 +173,26 @@ def test_samples_repeat_continue_the_prompt_and_fit_the_context():
     assert not torch.equal(a, c)
     with pytest.raises(StudyError, match="do not fit"):
         sample(model, prompt, 30, 0)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+@pytest.mark.parametrize("edit", [None, lambda acts: 2 - acts])
+def test_samples_equal_a_plain_loop_that_computes_everything_anew(n_layers, edit):
+    """The bridge, with the edit hooked in at every position; each token drawn with the same generator."""
+    config = TransformerConfig(**{**vars(TINY), "n_layers": n_layers})
+    model, prompt, rng = scrambled(config), torch.tensor([1, 2, 3]), generator(4, "sample")
+    hooks, tokens = [(config.hook_name, lambda acts, hook: edit(acts))] if edit else [], prompt.repeat(3, 1)
+    for _ in range(10):
+        last = model.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1]
+        tokens = torch.cat([tokens, torch.multinomial((last / 0.7).softmax(-1), 1, generator=rng)], 1)
+    assert torch.equal(sample(model, prompt, 10, 4, n_samples=3, temperature=0.7, edit=edit), tokens)
+
+
+def test_an_edit_changes_what_is_sampled_and_sees_the_last_position_alone():
+    model, prompt, seen = scrambled(), torch.tensor([1, 2, 3]), []
+    edited = sample(model, prompt, 10, 0, n_samples=2, edit=lambda acts: seen.append(acts.shape) or 5 - acts)
+    assert set(seen) == {(2, 1, TINY.d_mlp)}
+    assert not torch.equal(edited, sample(model, prompt, 10, 0, n_samples=2))
 
 
 def test_files_round_trip_and_broken_ones_are_refused(tmp_path):

@@ -77,8 +77,10 @@ study.show(fig, "00-superposition",
 # | [02 · corpus and transformer](02_corpus_and_transformer.ipynb) | what is the model, and do its neurons mean anything? |
 # | [03 · training the dictionary](03_training_the_dictionary.ipynb) | can 512 neurons be written as few of 4,096 directions? |
 # | [04 · four features](04_four_features.ipynb) | is there a feature that *is* Arabic script, or DNA? |
+# | [05 · features against neurons](05_features_against_neurons.ipynb) | which units can be read: features, neurons, PCA, ICA, random ones? |
 # | [06 · steering](06_steering.ipynb) | what does the model write when a feature is held at its maximum? |
 # | [07 · universality](07_universality.ipynb) | does a model from another seed have the same features? |
+# | [08 · feature splitting](08_feature_splitting.ipynb) | what does a wider dictionary find? |
 # | [09 · automata](09_automata.ipynb) | do features hand over to each other like the states of a machine? |
 # | [14 · the scorecard](14_scorecard.ipynb) | which findings came true here, and how far? |
 #

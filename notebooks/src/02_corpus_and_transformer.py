@@ -68,8 +68,9 @@ study.show(fig, "02-corpus", claim=f"{len(rare)} special contexts, each {rare.mi
 # %% [markdown]
 # ## 2 · Tokens
 #
-# The tokenizer is a byte-level BPE in which digits stand alone. Rare scripts are cut into pieces smaller than a character:
-# keep that in mind when a feature seems to fire on "half a letter".
+# The tokenizer is a BPE of characters in which digits stand alone. Characters too rare for the vocabulary, most of them Chinese
+# and Korean, are written byte by byte: keep that in mind when a feature seems to fire on a third of a letter. The sample it
+# learned from is more even over the domains than the text is, so that the letters of rare scripts became tokens.
 
 # %%
 tokenizer = run.tokens.tokenizer

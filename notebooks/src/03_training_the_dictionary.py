@@ -88,7 +88,7 @@ print(f"{sae.W_dec.shape[0]:,} features for {sae.W_dec.shape[1]} neurons; loss h
 #
 # One step is ours. The paper's features are born with a bias near zero, so that each fires on half of all tokens; a million
 # steps make them rare. We have thousands of steps, so ours are born rare: each along a random activation, with the bias that
-# lets it fire on 1 token in 200. Section 5 shows what happens without.
+# lets it fire on a small share of tokens (the profile's `birth_density`, printed below). Section 5 shows what happens without.
 #
 # **Predict.** Which of the three curves would still move if we trained ten times longer?
 
@@ -106,6 +106,8 @@ study.show(fig, "03-training", claim=f"After {log.activations.iloc[-1] / 1e6:.3g
                f"{log.l0.iloc[-1]:.1f}, the share of features not firing to {log.dead.iloc[-1]:.1%}. Dotted lines mark resamplings.")
 
 # %%
+born = run.profile.dictionary.birth_density
+print("Features are born as in the paper." if born is None else f"Features are born to fire on {born:.2%} of tokens, 1 in {1 / born:.0f}.")
 log[log.resampled > 0][["step", "activations", "resampled", "dead", "l0", "loss"]]
 
 # %% [markdown]
@@ -229,7 +231,7 @@ print(f"Born rare: {same.dead:.1%} dead, the median living feature fires on {sam
 # ## 6 · Features against neurons
 #
 # **Claim.** For most of the special contexts some feature is a far better detector than any neuron: scripts, languages, DNA,
-# base64. The exceptions are contexts that look much like their neighbours, such as one configuration format among several.
+# base64. There are exceptions, which are listed below the figure.
 #
 # This is superposition made visible: the model has no neuron for these contexts, but it has a direction. Both sides choose
 # their best unit on the validation text and are measured on the test text.
@@ -250,6 +252,14 @@ fig.update_layout(height=820, xaxis=dict(title="Pearson correlation with the con
 study.show(fig, "03-superposition", claim=f"In {won.value:.0f} of {len(detectors)} contexts the best feature beats the best neuron by 0.3 or more",
            alt=f"For each of {len(detectors)} special contexts a dot for the best neuron and one for the best feature. Median correlation "
                f"{detectors.neuron.median():.2f} for neurons and {detectors.feature.median():.2f} for features.")
+
+# %%
+even = ordered[ordered.feature - ordered.neuron < 0.3]
+print(f"{len(even)} contexts in which the feature is not ahead by 0.3: " + (", ".join(f"{c.context} (feature {c.feature:.2f}, neuron {c.neuron:.2f})" for c in even.itertuples()) or "none"))
+
+# %% [markdown]
+# **Check yourself.** What might those have in common? Think of what else in the corpus looks like them, and of how much text of
+# each there is.
 
 # %%
 row("02.superposition.contexts", claim="Contexts whose best feature beats the best neuron by 0.3 in correlation", paper=None, paper_source="figure only",

@@ -100,8 +100,7 @@ follow = {"feature": np.unique(np.concatenate([chosen["feature"], chosen["featur
 
 
 def encode(acts):
-    f = torch.relu((acts - sae.b_dec) @ sae.W_enc[:, follow["feature"]] + sae.b_enc[follow["feature"]])
-    return torch.cat([f, acts[:, follow["neuron"]]], dim=1)
+    return torch.cat([sae.encode(acts, follow["feature"]), acts[:, follow["neuron"]]], dim=1)
 
 
 def place(kind, number):  # a unit's column in the table
@@ -113,6 +112,10 @@ documents, draws = flat(test.documents), dict(seed=SEED, n_boot=run.profile.boot
 
 # %% [markdown]
 # **Predict.** The paper reports 0.74 for Arabic, 0.80 for DNA, 0.38 for base64 and 0.55 for Hebrew. Why is base64 the lowest?
+#
+# The intervals of a feature and a neuron may overlap although one of them is ahead: both rest on the same few documents of a
+# context, and what is hard for one is hard for the other. So the *difference* gets an interval of its own, for which the same
+# documents are drawn for both (a *paired* bootstrap).
 
 # %%
 PAPER = {("arabic", "feature"): 0.74, ("hebrew", "feature"): 0.55, ("dna", "feature"): 0.80, ("base64", "feature"): 0.38,
@@ -129,10 +132,15 @@ by_proxy = correlations[correlations.truth == "proxy"].set_index(["context", "un
 correlations.pivot_table(index=["context", "truth"], columns="unit", values="value", sort=False).round(2)
 
 # %%
+ahead = {name: features.pearson_difference(table, *(place(kind, chosen[kind][name]) for kind in ("feature", "neuron")), truth[name]["proxy"],
+                                           documents, **draws) for name in CONTEXTS}
+print("Feature less neuron: " + "; ".join(f"{name} {d.value:+.2f} ({d.low:+.2f} to {d.high:+.2f})" for name, d in ahead.items()))
 at = lambda unit: by_proxy.value.xs(unit, level="unit")
-won = int((by_proxy.low.xs("feature", level="unit") > by_proxy.high.xs("neuron", level="unit")).sum())
+better, surely = (sum(getattr(d, end) > 0 for d in ahead.values()) for end in ("value", "low"))
+gaps = [d.value for d in ahead.values()]
 study.show(panels.correlation_figure(correlations), "04-correlations",
-           claim=f"In {won} of {len(CONTEXTS)} contexts the feature follows the paper's proxy better than any neuron does",
+           claim=f"In {better} of {len(CONTEXTS)} contexts the feature follows the paper's proxy better than the best neuron does, by up to "
+                 f"{max(gaps):.2f}; in {surely} the paired interval of the difference is above 0",
            alt="Correlation of the best feature and the best neuron with each context by proxy, by proxy in place and by label. By proxy, feature "
                "against neuron: " + "; ".join(f"{name} {at('feature')[name]:.2f} against {at('neuron')[name]:.2f}" for name in CONTEXTS) + ".")
 
@@ -143,13 +151,15 @@ others = correlations[correlations.truth != "proxy"].set_index(["context", "unit
 for name in CONTEXTS:
     one, best = by_proxy.loc[(name, "feature")], by_proxy.loc[(name, "neuron")]
     also = {kind: ", ".join(f"{t.value:.2f} by {t.truth}" for t in others.loc[[(name, kind)]].itertuples()) for kind in ("feature", "neuron")}
+    gap = ahead[name]
+    paired = f"feature less neuron {gap.value:.2f} ({gap.low:.2f} to {gap.high:.2f}, paired over documents)"
     row(f"04.pearson.{name}.feature", claim=f"A feature follows the {name} proxy", paper=PAPER[name, "feature"], paper_source=PLACES[name],
-        ours=one.value, low=one.low, high=one.high, seeds=1, caveat=f"chosen on validation text; {also['feature']}",
-        verdict="reproduced" if one.low >= PAPER[name, "feature"] else "partly" if one.value >= PAPER[name, "feature"] or one.low > best.high else "not")
+        ours=one.value, low=one.low, high=one.high, seeds=1, caveat=f"chosen on validation text; {paired}; {also['feature']}",
+        verdict="reproduced" if one.low >= PAPER[name, "feature"] else "partly" if one.value >= PAPER[name, "feature"] or gap.low > 0 else "not")
     row(f"04.pearson.{name}.neuron", claim=f"No neuron follows the {name} proxy as well", paper=PAPER.get((name, "neuron")),
         paper_source=PLACES[name] if (name, "neuron") in PAPER else "figure only", ours=best.value, low=best.low, high=best.high, seeds=1,
-        caveat=f"the neuron that is best for the proxy on validation text; {also['neuron']}",
-        verdict="reproduced" if best.high < one.low / 2 else "partly" if best.value < one.value / 2 or best.high < one.low else "not")
+        caveat=f"the neuron that is best for the proxy on validation text; {paired}; reproduced if the feature is surely twice as good; {also['neuron']}",
+        verdict="reproduced" if gap.low > max(0, best.value) else "partly" if gap.low > 0 else "not")
 
 # %% [markdown]
 # ## 3 · Specific, and the more so the more active
@@ -402,7 +412,7 @@ for name in CONTEXTS:
 other, twin_sae = run.transformer("B").model, run.dictionary("B").model
 twin_table = unit_table(run, "validation", on="B")
 twins = [features.best_unit(twin_table, tables["feature"][:, [n]].toarray()[:, 0]).unit for n in chosen["feature"]]
-on_b = features.activation_table(other, test.contexts, lambda acts: torch.relu((acts - twin_sae.b_dec) @ twin_sae.W_enc[:, twins] + twin_sae.b_enc[twins]))
+on_b = features.activation_table(other, test.contexts, lambda acts: twin_sae.encode(acts, twins))
 rows = []
 for i, (name, n) in enumerate(chosen["feature"].items()):
     interval = features.pearson_interval(on_b, i, table[:, [place("feature", n)]].toarray()[:, 0], documents, **draws)

@@ -36,7 +36,7 @@ from plotly.subplots import make_subplots
 from sae_lib import effects, features, steering, study
 from sae_lib.evaluate import label_correlations
 from sae_lib.study.tables import flat, unit_table
-from sae_lib.transformer import mlp_activations
+from sae_lib.transformer import mlp_activations, sample
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
 
@@ -71,7 +71,7 @@ f, n = (torch.tensor(units[kind].to_numpy()) for kind in ("feature", "neuron"))
 
 def chosen(acts):
     """Activations of the chosen features, then of the chosen neurons."""
-    return torch.cat([torch.relu((acts - sae.b_dec) @ sae.W_enc[:, f] + sae.b_enc[f]), acts[:, n]], dim=1)
+    return torch.cat([sae.encode(acts, f), acts[:, n]], dim=1)
 
 
 greatest = features.maxima(features.activation_table(model, everything, chosen))
@@ -116,7 +116,7 @@ def edits(name, strength):
 
 
 def write(edit):
-    return effects.steered_sample(model, prompt, length, edit, SEED, n_samples=N_SAMPLES)
+    return sample(model, prompt, length, SEED, n_samples=N_SAMPLES, edit=edit)
 
 
 samples = {name: {way: write(edit) for way, edit in edits(name, 1).items()} for name in names}
@@ -140,10 +140,11 @@ for name in names[:2]:
 # - By **characters**: for a script those in its Unicode blocks; for base64 those in runs of 16 or more of its alphabet that mix
 #   capitals, small letters and digits; for DNA those in runs of 16 or more bases.
 # - By **tokens**: a naive Bayes classifier has learned from training text how often each domain uses each token. It calls ten
-#   sampled tokens at a time by the likeliest of all domains. It tells Persian from Arabic, which characters do not.
+#   sampled tokens at a time by the likeliest of all domains. It tells Greek text from a formula with Greek letters, which
+#   characters do not.
 #
-# Real text does not reach 1 by either. Arabic documents hold digits, brackets and Latin names; ten tokens of them may look like
-# Persian. So real held-out text is measured in the same way, and is the mark to compare with.
+# Real text does not reach 1 by either. Arabic documents hold digits, brackets and Latin names; ten tokens of digits may look
+# like hexadecimal. So real held-out text is measured in the same way, and is the mark to compare with.
 #
 # **Predict.** For which context will the two measures agree least on real text?
 
@@ -291,7 +292,8 @@ for name in ("base64", "arabic"):
 # %% [markdown]
 # ## 7 · What it costs
 #
-# **Claim.** Past some strength the text stays in the context and stops being text.
+# **Claim.** Strength is not free: what is gained in the context may be paid for in text that the model itself finds unlikely, or
+# that goes round in circles. Whether it is, and from where on, is for the curves to say.
 #
 # Two prices. The unsteered model's mean **log-likelihood** of the sampled tokens says how strange they look to it; real text of
 # the context (dashed) shows what is normal there, for base64 is hard to predict at the best of times. The share of **distinct**
@@ -324,7 +326,8 @@ pinned = swept[swept.way == "feature pinned"].set_index(["context", "strength"])
 ends = {name: (pinned.loc[(name, 1)], pinned.loc[(name, STRENGTHS[-1])]) for name in pair}
 said = "; ".join(f"{name} {one.log_likelihood:.1f} nats and {one.distinct:.0%} distinct at the maximum, {four.log_likelihood:.1f} and {four.distinct:.0%} at four times"
                  for name, (one, four) in ends.items())
-study.show(fig, "06-fluency", claim=f"What pinning costs: {said}",
+change = " and ".join(f"{four.log_likelihood - one.log_likelihood:+.1f} nats ({name})" for name, (one, four) in ends.items())
+study.show(fig, "06-fluency", claim=f"Pinning a feature at four times its maximum instead of once changes the log-likelihood of a token by {change}",
            alt=f"Three rows of curves against strength for {' and '.join(pair)}: share in the context, mean log-likelihood under the unsteered model, distinct "
                f"tokens. Unsteered: {plain['log_likelihood']:.1f} nats, {plain['distinct']:.0%} distinct (dotted); real text dashed. Feature pinned: {said}.")
 
@@ -339,7 +342,7 @@ maximum = features.maxima(table)
 
 
 def steer(feature, strength):
-    written = effects.steered_sample(model, prompt, length, effects.pin(sae, feature, strength * float(maximum[feature])), SEED, n_samples=4)
+    written = sample(model, prompt, length, SEED, n_samples=4, edit=effects.pin(sae, feature, strength * float(maximum[feature])))
     for row in written:
         print(repr(steering.as_text(row[len(prompt):], run.vocabulary)))
 

@@ -15,8 +15,8 @@
 # of thousands; compare with neurons, and with a model that has learned nothing; and say which of three similarities of a pair
 # can be trusted.
 #
-# **Needs** transformers A and B and a dictionary of each (loaded, or made on the way). **Makes** two figures and two rows of the
-# scorecard. **Time**: 20 minutes to read.
+# **Needs** transformers A and B, A with its weights shuffled, and a dictionary of each (loaded, or made on the way). **Makes** two
+# figures and three rows of the scorecard. **Time**: 20 minutes to read.
 #
 # If features were an accident of training, or of the dictionary, there would be no reason for another run to find them again.
 # The paper's features of one model have a median correlation of 0.72 with their best match in another; its neurons, 0.46.
@@ -33,11 +33,13 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import display
 from plotly.subplots import make_subplots
 from scipy.sparse import csc_array
 from scipy.stats import spearmanr
 
 from sae_lib import compare, effects, features, study
+from sae_lib.errors import StudyError
 from sae_lib.study.tables import flat, unit_table
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
@@ -58,6 +60,15 @@ a, b = (unit_table(run, on=which) for which in "AB")
 test = run.held_out("test")
 tokens, documents = flat(test.contexts), flat(test.documents)
 print(f"{a.shape[0]:,} tokens of {len(np.unique(documents)):,} documents; living features: {compare.live_units(a).sum():,} of A, {compare.live_units(b).sum():,} of B")
+
+# %% [markdown]
+# A third model has learned nothing: A with the entries of each weight matrix shuffled, the papers' *random control*. A dictionary
+# trained on it has features too, for its activations still tell tokens apart. What they share with A's features lies in the
+# text and the tokeniser, not in what either model has learned.
+
+# %% tags=["slow"]
+control = unit_table(run, on="random")
+print(f"living features of the dictionary on the random-weights model: {compare.live_units(control).sum():,}")
 
 # %% [markdown]
 # Neurons fire on a third of all tokens, so theirs are counted on every few contexts only: enough for 512 of them.
@@ -83,39 +94,58 @@ print(f"noise: median {flattered.chosen.median():.2f} where it was chosen, {flat
 assert flattered.chosen.median() > 0.2 > 0.05 > flattered.correlation.median(), "the halves must not share documents"
 
 # %% [markdown]
-# **Predict.** Whose median is higher, the features' or the neurons'? What would it mean if they were equal?
+# **Predict.** Whose median is higher, the features' or the neurons'? What would it mean if they were equal? And how well will A's
+# features be matched by a model that has learned nothing?
 
 # %% tags=["slow"]
 draws = dict(seed=SEED, n_boot=run.profile.bootstrap)
 found = {"features": compare.universality(a, b, documents, **draws),
          "neurons": compare.universality(neurons["A"], neurons["B"], neuron_documents, **draws)}
+try:
+    found["features, in the random-weights model"] = compare.universality(a, control, documents, **draws)
+except StudyError as error:
+    print(f"There is no random control: {error}")
 
 # %%
-pd.DataFrame({name: {"units": len(u.units), **u.median._asdict(), "where chosen": u.units.chosen.median()} for name, u in found.items()}).T
+pd.DataFrame({name: {"units": len(u.units), **u.median._asdict(), "lean": u.lean, "where chosen": u.units.chosen.median()} for name, u in found.items()}).T
 
 # %%
 fig = make_subplots(rows=len(found), shared_xaxes=True, vertical_spacing=0.09,
                     subplot_titles=[f"{name}: median {u.median.value:.2f}" for name, u in found.items()])
-for place, (u, colour, paper) in enumerate(zip(found.values(), ("#0072B2", "#E69F00"), (0.72, 0.46), strict=True), start=1):
+for place, (u, colour, paper) in enumerate(zip(found.values(), ("#0072B2", "#E69F00", "#777777"), (0.72, 0.46, None), strict=False), start=1):
     fig.add_histogram(x=u.units.correlation, histnorm="percent", xbins=dict(start=-0.2, end=1.0, size=0.04), marker_color=colour, opacity=0.7,
                       showlegend=False, row=place, col=1)
     fig.add_vline(x=u.median.value, line=dict(color="#222222", width=2), row=place, col=1)
     fig.add_vrect(x0=u.median.low, x1=u.median.high, fillcolor="#222222", opacity=0.2, line_width=0, row=place, col=1)
-    fig.add_vline(x=paper, line=dict(dash="dot", width=1), annotation_text="paper", row=place, col=1)
+    if paper:
+        fig.add_vline(x=paper, line=dict(dash="dot", width=1), annotation_text="paper", row=place, col=1)
 fig.update_yaxes(title="% of units")
 fig.update_xaxes(title="correlation of a unit of A with its best match", row=len(found), col=1)
 fig.update_layout(height=240 + 150 * len(found), bargap=0.03)
 
 # %%
 f, n = found["features"].median, found["neurons"].median
+r = found["features, in the random-weights model"] if len(found) > 2 else None
 said = "; ".join(f"{name} {u.median.value:.2f} (95 % interval {u.median.low:.2f} to {u.median.high:.2f}, {len(u.units):,} units)" for name, u in found.items())
-study.show(fig, "07-universality", claim=f"Features of A are found again in B with median correlation {f.value:.2f}, neurons with {n.value:.2f}",
+study.show(fig, "07-universality", claim=f"Features of A are found again in B with median correlation {f.value:.2f}, neurons with {n.value:.2f}"
+           + (f", features in a model with random weights with {r.median.value:.2f}" if r else ""),
            alt=f"Histograms, one below the other, of the correlation of each unit of A with its best match. Medians: {said}. In the paper 0.72 for features, 0.46 for neurons.")
 
 # %% [markdown]
-# The intervals are bootstraps over documents, for the matches as they were chosen. With few documents they lean low: a draw of
-# documents leaves out some of those that a rare feature fires in. How much the *trainings* vary, two models cannot tell.
+# The intervals come from random halves of the measured documents, for the matches as they were chosen. `lean` is by how much
+# the median itself is too high (too low, if negative) for want of documents: a rare feature's correlation rests on a few of them.
+# It is not taken out. How much the *trainings* vary, two models cannot tell.
 #
+# Of the random control the median is not the whole story: which features does it match as well as B does?
+
+# %%
+if r:
+    both = found["features"].units.merge(r.units, on="unit", suffixes=("", "_random")).assign(single=lambda t: features.is_single_token(a, tokens)[t.unit])
+    both["as well"] = both.correlation_random >= both.correlation
+    display(both.groupby("single").agg(features=("unit", "size"), in_B=("correlation", "median"), in_random=("correlation_random", "median"),
+                                       as_well=("as well", "mean")).rename_axis("fires on one token").round(2))
+
+# %% [markdown]
 # ## 3 · Does it depend on how we looked?
 #
 # **Claim.** The order of the two does not hang on the choices made here: from B to A instead of A to B, on the neurons' tokens
@@ -141,12 +171,18 @@ units.groupby("rarity", observed=True).correlation.describe()[["count", "25%", "
 row = run.scorecard.row
 turned = variants["B to A"].median.value
 row("07.median.feature", claim="Features are found again in a model from another seed: median best-match correlation", paper=0.72,
-    paper_source="Universality", ours=f.value, low=min(f.low, f.value), high=max(f.high, f.value), seeds=1,
+    paper_source="Universality", ours=f.value, low=f.low, high=f.high, seeds=1,
     verdict="reproduced" if f.value >= 0.7 and f.low > n.high else "partly" if f.low > n.high else "not",
-    caveat=f"matches chosen on half of the documents, measured on the other; {turned:.2f} from B to A")
+    caveat=f"matches chosen on half of the documents, measured on the other; {turned:.2f} from B to A; for want of documents the value leans by {found['features'].lean:+.3f}")
 row("07.median.neuron", claim="Neurons are found again less well", paper=0.46, paper_source="Universality", ours=n.value,
-    low=min(n.low, n.value), high=max(n.high, n.value), seeds=1, verdict="reproduced" if f.value - n.value >= 0.15 and f.low > n.high else "partly" if f.low > n.high else "not",
+    low=n.low, high=n.high, seeds=1, verdict="reproduced" if f.value - n.value >= 0.15 and f.low > n.high else "partly" if f.low > n.high else "not",
     caveat=f"{f.value - n.value:.2f} below the features; on {neurons['A'].shape[0]:,} tokens; living neurons alone")
+if r:
+    gap, low = f.value - r.median.value, f.low > r.median.high
+    row("07.median.random", claim="Features of A are matched less well in a dictionary on A with its weights shuffled", paper=None,
+        paper_source="no number (random control: Global Analysis)", ours=r.median.value, low=r.median.low, high=r.median.high, seeds=1,
+        verdict="reproduced" if low and gap >= 0.15 else "partly" if low else "not",
+        caveat=f"{gap:.2f} below the match in B; {both['as well'].mean():.0%} of the features are matched as well there as in B")
 
 # %% [markdown]
 # ## 4 · Do they *do* the same?
@@ -246,8 +282,9 @@ shown(alike.sort_values("logits").head(5))
 # - What decides is the comparison, features against neurons, not the height of one number.
 # - Alike in activation and alike in effect are two claims. Where they differ, look at what follows in real text.
 #
-# **What would change our mind.** If the dictionary of a transformer that has learned nothing (A with its weights shuffled)
-# matched A as well as B's does, these features would be a property of the text; that is not measured yet. And both dictionaries were trained by one recipe on one text: features
-# that another recipe does not find would not show here.
+# **What would change our mind.** If the dictionary of a transformer that has learned nothing matched A as well as B's does, these
+# features would be a property of the text; the third histogram is that test, and the features that it matches as well are the
+# ones to doubt. And all dictionaries were trained by one recipe on one text: features that another recipe does not find would
+# not show here.
 #
 # **If you only take away one thing**: a direction that two models find independently is not an accident of either.

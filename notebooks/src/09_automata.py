@@ -38,7 +38,7 @@ from sae_lib.errors import StudyError
 from sae_lib.study import diagrams
 from sae_lib.study.tables import flat, unit_table
 from sae_lib.token_classes import Classes
-from sae_lib.transformer import mlp_activations
+from sae_lib.transformer import mlp_activations, sample
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
 
@@ -190,7 +190,8 @@ study.show(diagrams.automata_figure(shown), "09-graph", claim=claim,
 # %% [markdown]
 # An arrow from one state to another says in how many of the cases the other fires on the very next token of validation text; edges
 # that are not of the loop or cycle are thin and pale.
-# Numbers are listed with the tokens on which the state is most active; a token in the form `b'\xd8'` is a piece of a letter.
+# Numbers are listed with the tokens on which the state is most active; a token in the form `b'\xd8'` is a piece of a letter,
+# and one in ‹ › a letter by its Unicode name, for not every font has it.
 #
 # What each state reads stands beside what it writes. The tokens that it raises the most are those that the next one reads:
 
@@ -235,7 +236,7 @@ units = np.unique([unit for name in controls for unit in (*chosen[name], *contro
 
 
 def encode(acts):  # the features that are needed, and no others
-    return torch.relu((acts - sae.b_dec) @ sae.W_enc[:, units] + sae.b_enc[units])
+    return sae.encode(acts, units)
 
 
 test_table = features.activation_table(model, test.contexts, encode) if len(units) else None
@@ -300,7 +301,7 @@ if len(rates):
     everywhere = automata_sampling.their_documents(test_table, test, states)
     print(f"{best}, features {chosen[best]}")
     for context, position in automata_sampling.prompts(test_table, test, states, everywhere, 32, 12, SEED)[:2]:
-        text = effects.steered_sample(model, test.contexts[context, :position + 1], 12, None, SEED)
+        text = sample(model, test.contexts[context, :position + 1], 12, SEED)
         start = max(0, position - 23)
         fires = encode(mlp_activations(model, text)[0])[start:, states] > 0
         display(HTML(diagrams.marked_html([run.vocabulary[t] for t in text[0, start:]], fires.numpy(), position + 1 - start)))

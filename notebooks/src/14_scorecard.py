@@ -13,7 +13,7 @@
 #
 # **You will be able to** state each claim with the paper's number, ours, and the doubt that remains.
 #
-# **Needs** the rows that the other notebooks write. **Makes** the table, one figure and `results.json`. **Time**: 5 minutes.
+# **Needs** the rows that the other notebooks write. **Makes** the table, two figures and `results.json`. **Time**: 5 minutes.
 
 # %% tags=["parameters"]
 PROFILE = "workshop"  # "smoke" (minutes) | "workshop" (a laptop) | "paper" (GPUs)
@@ -22,9 +22,11 @@ ARTEFACTS = "auto"  # "auto": load what exists, else train | "load": never train
 CORPUS = ""  # "": the profile's own | "environment" | "files:DIR" | "hf:NAME"
 
 # %%
+import pandas as pd
 import plotly.graph_objects as go
 
 from sae_lib import study
+from sae_lib.study import replicas
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
 
@@ -58,7 +60,7 @@ fig = go.Figure(go.Scatter(
     marker=dict(size=12, color=both.verdict.map(colours)),
     error_x=dict(array=both.high / both.paper - ratio, arrayminus=ratio - both.low / both.paper)))
 fig.add_vline(x=1, line_dash="dot")
-fig.update_layout(xaxis=dict(title="our value / the paper's value (dotted: the same)", type="log"), yaxis=dict(autorange="reversed"))
+fig.update_layout(xaxis=dict(title="our value / the paper's value (dotted: the same)", type="log", tickvals=[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]), yaxis=dict(autorange="reversed"))
 counts = table.verdict.value_counts()
 spelled = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
 study.show(fig, "14-scorecard", claim=f"Of {len(table)} findings: {spelled}",
@@ -66,8 +68,33 @@ study.show(fig, "14-scorecard", claim=f"Of {len(table)} findings: {spelled}",
                + ", ".join(f"{i} {v:.2f}" for i, v in zip(both.id, ratio, strict=True)) + ".")
 
 # %% [markdown]
+# ## The luck of the seed
+#
+# **Claim.** Another transformer from another seed, with its own dictionary, gives nearly the same numbers.
+#
+# The bars are the intervals of the table: how much a number depends on the text it was measured on. A dot is the same number of
+# another training, measured in the same way. Making them takes as long as the study itself, so they are loaded; where there
+# are none, `python -m sae_lib.study replicas` makes them.
+#
+# **Predict.** Which will vary more between trainings, the numbers of features or those of neurons?
+
+# %%
+others = {row.id: replicas.known(run, row.id) for row in table.itertuples() if row.ours}
+dots = pd.DataFrame([(i, value / table.set_index("id").ours[i]) for i, values in others.items() for value in values], columns=["id", "ratio"])
+here = table[table.id.isin(dots.id)] if len(dots) else both
+away = (dots.ratio - 1).abs().groupby(dots.id).max()
+fig = go.Figure(go.Scatter(x=[1] * len(here), y=here.id, mode="markers", name="this training", marker=dict(symbol="line-ns-open", size=12),
+                           error_x=dict(array=here.high / here.ours - 1, arrayminus=1 - here.low / here.ours)))
+fig.add_scatter(x=dots.ratio, y=dots.id, mode="markers", name="other trainings", marker=dict(size=10))
+fig.update_layout(xaxis=dict(title="value / the value of this training"), yaxis=dict(autorange="reversed", dtick=1), legend=dict(orientation="h", y=1.06))
+
+# %%
+said = f"Other trainings differ by {away.median():.0%} in the median of {len(away)} headline numbers" if len(away) else "No other trainings are known: their numbers were not made"
+study.show(fig, "14-trainings", claim=said, alt=said + "".join(f"; {i}: at most {share:.0%}" for i, share in away.items()) + ".")
+
+# %% [markdown]
 # ## What would change our mind
 #
 # - The intervals come from a bootstrap over held-out documents of one corpus; another corpus may differ by more.
-# - Rows with one seed say nothing about the spread between trainings.
+# - Rows with one seed say nothing about the spread between trainings; three are few.
 # - The paper's model saw 100 billion tokens and its dictionaries 8 billion activations, thousands and hundreds of times ours.

@@ -97,6 +97,16 @@ def _reference(options: argparse.Namespace) -> int:
     return 0
 
 
+def _replicas(options: argparse.Namespace) -> int:
+    from sae_lib.study import replicas
+    from sae_lib.study.pipeline import begin
+
+    study = begin(options.profile, options.seed, "auto", _absolute(options.corpus))
+    for name, values in replicas.make(study).items():
+        print(name, *(f"{value:.4g}" for value in values))
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from sae_lib.study import environment
 
@@ -138,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     reference = commands.add_parser("reference", help="copy artefacts of the last workshop run to data/reference/")
     reference.add_argument("names", nargs="+", metavar="NAME")
     reference.set_defaults(action=_reference)
+
+    replicas = commands.add_parser("replicas", help="train and measure two more transformers and dictionaries, for the spread")
+    replicas.add_argument("--profile", default="workshop")
+    replicas.add_argument("--seed", type=int, default=0)
+    replicas.add_argument("--corpus", default="", metavar="SPEC")
+    replicas.set_defaults(action=_replicas)
 
     doctor = commands.add_parser("doctor", help="does this environment satisfy pyproject.toml?")
     doctor.add_argument("--extra", action="append", default=[], help="with this extra too")

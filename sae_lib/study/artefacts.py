@@ -58,24 +58,27 @@ class Store:
         self,
         name: str,
         config: Any,
-        make: Callable[[Path, Path], object],
+        make: Callable[[Path, Path], object] | None,
         *,
         inputs: Sequence[Artefact] = (),
         version: int = 1,
         fingerprint: str = "",
         reference: bool = True,
-    ) -> Artefact:
+    ) -> Artefact | None:
         """The artefact `name` made from `config` and `inputs`: loaded if it exists, else made by `make(out, checkpoint)`.
 
         config: dataclass or dict; version: raise it when the code behind `make` changes its result; fingerprint: what else
         the content depends on (the text of this environment); reference: whether a committed one will do.
-        `make` fills the folder `out`; what it puts in `checkpoint` survives an interruption and is gone after success.
+        `make` fills the folder `out`; what it puts in `checkpoint` survives an interruption and is gone after success. Without
+        a `make` an artefact that does not exist is None.
         Raises StudyError if the artefact is damaged, the disk is full, or mode is "load" and there is none.
         """
         recipe_key = _key(name, canonical(config), version, [artefact.recipe_key for artefact in inputs])
         key = _key(recipe_key, fingerprint, [artefact.key for artefact in inputs])
         find = lambda: self._find(name, key, recipe_key, reference and self.mode != "train")
         found = find()
+        if found is None and make is None:
+            return None
         if found is None:
             label = f"{name}@{key[:6]}"
             if self.mode == "load":

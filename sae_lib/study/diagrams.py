@@ -1,7 +1,8 @@
 """What notebook 09 draws: automata as nodes and arrows, how long they last, and text with its states marked."""
 
 import html
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,12 +11,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.study.figures import COLOURS
-from sae_lib.study.panels import pieces
+from sae_lib.study.token_html import line_html, pieces, token_html
 from sae_lib.token_classes import quoted
 
 COLUMNS = 3
 NODE = 0.24  # radius of a node, where the nodes of an automaton lie on a circle of radius 1
 GREY, PALE = "#777777", "#C8C8C8"
+IN_EVERY_FONT = ("\0", "\u06ff"), ("\u1e00", "\u2bff")  # first and last character of ranges
 
 
 class Drawn(NamedTuple):
@@ -29,10 +31,29 @@ class Drawn(NamedTuple):
     """[n_states, n_states]: how often one state follows another; nan where there is no edge."""
 
 
-def token_list(tokens: Sequence[bytes], width: int = 1000) -> str:
+def spelled(token: bytes) -> str:
+    """A token in quotation marks, for pictures: letters that the font of an image may lack by their Unicode names.
+
+    A browser finds a font for every script; where PNGs are made there may be none but the commonest. What is left as it is
+    are Latin, Greek, Cyrillic, Armenian, Hebrew and Arabic letters, and common signs.
+    """
+    try:
+        text = token.decode("utf-8")
+    except UnicodeDecodeError:
+        return quoted(token)
+    return repr("".join(c if any(first <= c <= last for first, last in IN_EVERY_FONT) else f"‹{_name(c)}›" for c in text))
+
+
+def _name(character: str) -> str:
+    """A character's script and name, as in "Tamil ka" or "Cjk 4e2d"; its number if it has no name."""
+    words = unicodedata.name(character, f"U+{ord(character):04X}").replace("-", " ").split()
+    return " ".join(word for word in words if word not in ("LETTER", "SYLLABLE", "VOWEL", "UNIFIED", "IDEOGRAPH")).capitalize()
+
+
+def token_list(tokens: Sequence[bytes], width: int = 1000, spell: Callable[[bytes], str] = quoted) -> str:
     """Tokens in quotation marks as text for a label: escaped, each in its own direction, as many as go into the width."""
     shown, used = [], 0
-    for token in map(quoted, tokens):
+    for token in map(spell, tokens):
         used += len(token) + 1
         if shown and used > width:
             break
@@ -82,7 +103,7 @@ def automata_figure(automata: Sequence[Drawn]) -> go.Figure:
                 middle = points[len(points) // 2]
                 fig.add_annotation(x=middle[0], y=middle[1], text=said, showarrow=False, bgcolor="white", borderpad=1,
                                    font={"size": 11}, **at)
-        key = "<br>".join(f"<b>{i + 1}</b> {token_list(tokens, 34)}" for i, tokens in enumerate(drawn.tokens))
+        key = "<br>".join(f"<b>{i + 1}</b> {token_list(tokens, 46, spelled)}" for i, tokens in enumerate(drawn.tokens))
         fig.add_scatter(x=nodes[:, 0], y=nodes[:, 1], mode="markers+text", text=[str(i + 1) for i in range(len(nodes))], **at,
                         hovertext=[f"feature {state}" for state in drawn.states], hoverinfo="text", showlegend=False,
                         marker={"size": 28, "color": "white", "line": {"width": 3, "color": COLOURS[:len(nodes)]}})
@@ -128,11 +149,9 @@ def marked_html(tokens: Sequence[bytes], fires: np.ndarray, n_prompt: int) -> st
     """
     spans = []
     for position, (text, states) in enumerate(zip(pieces(tokens), fires, strict=True)):
-        style = f"unicode-bidi: isolate; color: {GREY if position < n_prompt else 'inherit'}"
         numbers = np.flatnonzero(states)
-        if len(numbers):
-            style += f"; border-bottom: 3px solid {COLOURS[numbers[0]]}"
-        shown = html.escape(text.replace("\n", "↵").replace("\t", "→"))
+        style = [f"color: {GREY}"] * (position < n_prompt)
+        style += [f"border-bottom: 3px solid {COLOURS[i]}" for i in numbers[:1]]
         mark = f"<sub>{','.join(str(i + 1) for i in numbers)}</sub>" if len(numbers) else ""
-        spans.append(f'<span style="{style}">{shown}</span>{mark}')
-    return f'<div dir="ltr" style="font-family: monospace; white-space: pre-wrap; line-height: 2">{"".join(spans)}</div>'
+        spans.append(token_html(text, style="; ".join(style)) + mark)
+    return line_html(spans, "font-family: monospace; white-space: pre-wrap; line-height: 2")

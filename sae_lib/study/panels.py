@@ -1,8 +1,7 @@
 """The panels that notebook 04 draws for each unit: what it fires on, what it writes, and its examples in colour."""
 
-import codecs
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from sae_lib.features import ByLevel
 from sae_lib.study.figures import COLOURS
 from sae_lib.study.pipeline import Study
 from sae_lib.study.tables import flat
+from sae_lib.study.token_html import line_html, pieces, token_html
 from sae_lib.token_classes import quoted
 
 SAMPLE_CONTEXTS = 800  # training contexts from which a proxy takes its probabilities
@@ -135,7 +135,7 @@ def logit_figure(units: dict[str, Written], k: int = 10) -> go.Figure:
         # As tick labels, for two different tokens may look alike.
         fig.update_yaxes(tickvals=np.arange(len(top)), ticktext=[html.escape(quoted(t)) for t in top.token], row=row, col=2,
                          tickfont={"size": 11})
-        fig.update_yaxes(type="log", title="tokens", row=row, col=1)
+        fig.update_yaxes(type="log", dtick=1, title="tokens", row=row, col=1)
     for col in (1, 2):
         fig.update_xaxes(title="logit weight", row=len(units), col=col)
     below = {"orientation": "h", "y": -0.25 / len(units), "yanchor": "top"}
@@ -144,25 +144,16 @@ def logit_figure(units: dict[str, Written], k: int = 10) -> go.Figure:
 
 # --- examples --------------------------------------------------------------------------------------------------------
 
-def pieces(tokens: Iterable[bytes]) -> list[str]:
-    """The text that each token completes; "·" for a piece of a character that a later token completes."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return [decoder.decode(token) or "·" for token in tokens]
-
-
 def example_html(tokens: Sequence[bytes], acts: np.ndarray, effects: np.ndarray, maximum: float) -> str:
     """One line: the darker a token, the higher its activation. Underlined is what the unit makes likelier (solid) or less so
     (dotted) by more than 0.1 nats; `effects` are those of its ablation on each token's log-likelihood.
     """
     spans = []
     for text, act, effect in zip(pieces(tokens), acts, effects, strict=True):
-        style = f"background: rgba(255, 150, 40, {act / maximum:.2f}); unicode-bidi: isolate"
-        style += "; font-weight: bold" if act > maximum / 2 else ""
-        if abs(effect) > 0.1:
-            style += f"; border-bottom: {min(4, 1 + abs(effect)):.0f}px {'solid' if effect < 0 else 'dotted'} {INSIDE}"
-        shown = html.escape(text.replace("\n", "↵").replace("\t", "→"))
-        spans.append(f'<span style="{style}" title="activation {act:.2f}, ablation {effect:+.2f} nats">{shown}</span>')
-    return f'<div dir="ltr" style="white-space: pre">{"".join(spans)}</div>'
+        width, line = min(4, 1 + abs(effect)), "solid" if effect < 0 else "dotted"
+        spans.append(token_html(text, act / maximum, f"border-bottom: {width:.0f}px {line} {INSIDE}" if abs(effect) > 0.1 else "",
+                                f"activation {act:.2f}, ablation {effect:+.2f} nats"))
+    return line_html(spans)
 
 
 def examples_page(text: Text, vocabulary: list[bytes], acts: np.ndarray, effects: np.ndarray, places: dict[str, np.ndarray],

@@ -124,13 +124,18 @@ class Study:
 
     # --- transformers -------------------------------------------------------------------------------------------------
 
+    def _seed_of(self, which: str) -> int:
+        return {"B": 2 * self.seed + 1, "C": 10_000 + self.seed}.get(which, 2 * self.seed)
+
     def _transformer_config(self, which: str) -> TransformerConfig:
-        return replace(self.profile.transformer, seed=2 * self.seed + (which == "B"))
+        return replace(self.profile.transformer, seed=self._seed_of(which))
 
     def transformer(self, which: str = "A") -> Trained:
-        """Transformer "A", its twin "B" from another seed, or the control "random": A with each matrix's entries shuffled."""
-        if which not in ("A", "B", "random"):
-            raise StudyError(f"There is no transformer '{which}'; ask for A, B or random.")
+        """Transformer "A", its twin "B" from another seed, a third, "C", or the control "random": A with each matrix's entries
+        shuffled.
+        """
+        if which not in ("A", "B", "C", "random"):
+            raise StudyError(f"There is no transformer '{which}'; ask for A, B, C or random.")
         if which not in self._transformers:
             self._transformers[which] = self._stage_transformer(which)
         return self._transformers[which]
@@ -155,28 +160,29 @@ class Study:
 
     def stream(self, which: str = "A", batch_size: int | None = None) -> ActivationStream:
         """Training activations of a transformer, in batches of the main dictionary's size unless told."""
-        config = replace(self.profile.stream, seed=2 * self.seed + (which == "B"))
+        config = replace(self.profile.stream, seed=self._seed_of(which))
         return ActivationStream(self.transformer(which).model, self.contexts("train"),
                                 batch_size or self.profile.dictionary.batch_size, config)
 
-    def _sae_config(self, on: str, expansion: int | None = None) -> SAEConfig:
+    def sae_config(self, on: str = "A") -> SAEConfig:
+        """Sizes of the main dictionary on a transformer's activations."""
         transformer = self.profile.transformer
-        return SAEConfig(d_in=transformer.d_mlp, d_sae=(expansion or self.profile.expansion) * transformer.d_mlp, seed=self.seed,
+        return SAEConfig(d_in=transformer.d_mlp, d_sae=self.profile.d_sae, seed=self.seed,
                          model_name=f"transformer_{on}", hook_name=transformer.hook_name, context_size=transformer.n_ctx)
 
-    def dictionary(self, on: str = "A", expansion: int | None = None) -> Trained:
-        """The dictionary trained on a transformer's activations, of the main width unless another expansion is given."""
-        config, train = self._sae_config(on, expansion), replace(self.profile.dictionary, seed=self.seed)
+    def dictionary(self, on: str = "A") -> Trained:
+        """The main dictionary, trained on a transformer's activations."""
+        config, train = self.sae_config(on), replace(self.profile.dictionary, seed=self.seed)
         transformer = self.transformer(on)
 
         def make(out: Path, checkpoint: Path) -> None:
             sae, log = train_sae(self.stream(on), config, train, checkpoint / "dictionary.safetensors")
             sae.metadata["dataset_path"] = self.profile.corpus.source
-            sae.save(out)
+            sae.save(out, torch.float16)  # the committed ones stay small
             log.to_json(out / "log.json", orient="records")
 
         everything = {"sae": asdict(config), "train": asdict(train), "stream": asdict(self.profile.stream)}
-        artefact = self.store.stage(f"sae_{expansion or self.profile.expansion}x_{on}", everything, make,
+        artefact = self.store.stage(f"sae_{self.profile.expansion}x_{on}", everything, make,
                                     inputs=[transformer.artefact, self.tokens_artefact])
         return Trained(SAE.load(artefact.path), pd.read_json(artefact.path / "log.json", orient="records"), artefact)
 
@@ -198,7 +204,7 @@ class Study:
         Columns: l1; born ("rare", or "as in the paper": with Kaiming weights); l0; loss recovered (value, low, high); explained
         (variance); dead (share of features never active on the text evaluated); median_density of the others.
         """
-        config, text, model = self._sae_config("A"), self.held_out("test").first(SWEEP_CONTEXTS), self.transformer("A")
+        config, text, model = self.sae_config(), self.held_out("test").first(SWEEP_CONTEXTS), self.transformer("A")
         draws = {"seed": self.seed, "n_boot": self.profile.bootstrap}
         short = replace(self.profile.sweep, seed=self.seed)
         trainings = [replace(short, l1_coefficient=l1) for l1 in self.profile.sweep_l1] + [replace(short, birth_density=None)]
@@ -221,15 +227,15 @@ class Study:
         artefact = self.store.stage("sparsity_sweep", everything, make, inputs=[model.artefact, self.tokens_artefact])
         return pd.read_json(artefact.path / "sweep.json", orient="records")
 
-    def superposition(self) -> tuple[pd.DataFrame, Interval]:
-        """How well the best neuron and the best feature detect each special context, chosen on validation text and measured
-        on test text; and how many contexts the feature wins by 0.3.
+    def superposition(self, which: str = "A") -> tuple[pd.DataFrame, Interval]:
+        """How well a transformer's best neuron and best feature detect each special context, chosen on validation text and
+        measured on test text; and how many contexts the feature wins by 0.3.
 
         Columns: context; for each of neuron and feature its correlation (`neuron`), index (`neuron_unit`) and the ends of its
         interval (`neuron_low`, `neuron_high`).
         """
         labels = [self.tokens.domains.index(name) for name in self.special_contexts]
-        model, dictionary = self.transformer("A"), self.dictionary("A")
+        model, dictionary = self.transformer(which), self.dictionary(which)
         draws = {"seed": self.seed, "n_boot": self.profile.bootstrap}
 
         def make(out: Path, _: Path) -> None:
@@ -273,7 +279,11 @@ def machine_check() -> list[tuple[str, str, str]]:
 
 def begin(profile: str, seed: int, artefacts: str, corpus: str) -> Study:
     """Start a notebook: check its parameters and print what it runs on."""
+    from sae_lib.study import replicas  # imports this file
+
     study, versions = Study(profile, seed, artefacts, corpus), environment.versions()
     print(f"profile {profile} · seed {seed} · artefacts {artefacts} · corpus {study.profile.corpus.source}")
     print(" · ".join(f"{name} {number}" for name, number in versions.items()), f"· {environment.cpus()} cores")
+    # What further trainings gave, where they are known, belongs to the rows.
+    study.scorecard.others = lambda row: replicas.known(study, row)
     return study

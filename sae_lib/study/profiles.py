@@ -23,7 +23,12 @@ class Profile:
     correction_activations: int  # on which the shrinkage of the main dictionary is measured
     sweep: TrainConfig  # a short training, for comparing L1 coefficients at equal budget
     sweep_l1: tuple[float, ...]
+    widths: tuple[int, ...]  # features per neuron of the dictionaries that are compared, from narrow to wide
+    width_training: TrainConfig  # the same for each of them
     held_out_contexts: int  # contexts of the test split that are evaluated
+    scored_contexts: int  # about so many of them are looked at for explaining units
+    scored_units: int  # units of each kind that are explained
+    component_sample: int  # activations that PCA and ICA are fitted to
     bootstrap: int  # draws
 
     @property
@@ -45,7 +50,13 @@ WORKSHOP = Profile(
     sweep=TrainConfig(n_activations=3_000_000, batch_size=2048, l1_coefficient=4.0, lr=1e-3, lr_warmup=0.01, lr_decay=0.3,
                       birth_density=0.005, resample_inputs=131_072),
     sweep_l1=(2.0, 4.0, 9.0, 18.0),
+    widths=(1, 8, 32),
+    width_training=TrainConfig(n_activations=6_000_000, batch_size=2048, l1_coefficient=3.7, lr=1e-3, lr_warmup=0.01,
+                               lr_decay=0.4, birth_density=0.005, resample_inputs=131_072),
     held_out_contexts=1536,
+    scored_contexts=768,
+    scored_units=150,
+    component_sample=32_768,
     bootstrap=1000,
 )
 
@@ -62,7 +73,13 @@ SMOKE = replace(
     sweep=TrainConfig(n_activations=100_000, batch_size=512, l1_coefficient=3.0, lr=1e-3, birth_density=0.01,
                       resample_inputs=8192),
     sweep_l1=(3.0, 8.0),
+    widths=(1, 2, 4),
+    width_training=TrainConfig(n_activations=80_000, batch_size=512, l1_coefficient=3.0, lr=1e-3, birth_density=0.01,
+                               resample_inputs=8192),
     held_out_contexts=128,
+    scored_contexts=128,
+    scored_units=16,
+    component_sample=2048,
     bootstrap=200,
 )
 
@@ -78,7 +95,12 @@ PAPER = replace(
     correction_activations=819_200,
     sweep=TrainConfig(n_activations=800_000_000, batch_size=8192, l1_coefficient=2.05, birth_density=0.005),
     sweep_l1=(1.0, 2.05, 4.0),
+    widths=(1, 8, 32, 256),
+    width_training=TrainConfig(n_activations=8_192_000_000, batch_size=8192, l1_coefficient=2.05),
     held_out_contexts=16_384,
+    scored_contexts=4096,
+    scored_units=150,
+    component_sample=1_000_000,
 )
 
 PROFILES = {profile.name: profile for profile in (SMOKE, WORKSHOP, PAPER)}

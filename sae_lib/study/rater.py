@@ -10,8 +10,8 @@ import numpy as np
 
 from sae_lib import rubric
 from sae_lib.errors import StudyError
-
-COLOUR = "255, 150, 40"
+from sae_lib.study.token_html import line_html, pieces, token_html
+from sae_lib.token_classes import quoted
 
 
 class Shown(NamedTuple):
@@ -50,31 +50,27 @@ class Session:
         self.open = self.open[1:] + self.open[:1]
 
 
-def token_html(token: bytes, level: int = 0) -> str:
-    """A token as HTML, escaped, line breaks visible, the darker the higher its level (0-9)."""
-    text = token.decode("utf-8", errors="replace").replace("\n", "↵").replace("\t", "→")
-    style = f"background: rgba({COLOUR}, {level / 9:.2f})" + ("; font-weight: bold" if level >= 5 else "")
-    return f'<span style="{style}" title="level {level}">{html.escape(text)}</span>'
-
-
 def item_html(shown: Shown, vocabulary: Sequence[bytes]) -> str:
     """An item's examples, one a line, and the tokens its unit makes more likely."""
-    lines = [f"<div>{''.join(token_html(vocabulary[t], int(a)) for t, a in zip(tokens, levels, strict=True))}</div>"
+    lines = [line_html(token_html(text, level / 9, title=f"level {level}")
+                       for text, level in zip(pieces(vocabulary[t] for t in tokens), levels.tolist(), strict=True))
              for tokens, levels in zip(shown.tokens, shown.levels, strict=True)]
-    logits = " · ".join(token_html(vocabulary[token]) for token in shown.top_logits)
-    return (f'<div dir="ltr" style="font-family: monospace; white-space: pre-wrap; line-height: 1.6">{"".join(lines)}'
-            f"<p>Made more likely: {logits}</p></div>")
+    logits = " · ".join(token_html(quoted(vocabulary[token])) for token in shown.top_logits)
+    return f'<div style="font-family: monospace; line-height: 1.6">{"".join(lines)}<p>Made more likely: {logits}</p></div>'
 
 
 class Rater:
-    """The rater as a widget: `Rater(items, show, vocabulary, path, name).box` as a cell's last line displays it.
+    """The rater as a widget: `Rater(items, show, vocabulary, path).box` as a cell's last line displays it.
 
-    `show(item)` gives what to show of an item; its kind and number are never displayed.
+    It begins when its rater has entered a name. `show(item)` gives what to show of an item; its kind and number are never
+    displayed.
     """
 
     def __init__(self, items: Sequence[rubric.Item], show: Callable[[rubric.Item], Shown], vocabulary: Sequence[bytes],
-                 path: Path, rater: str):
-        self.session, self._show, self._vocabulary = Session(items, path, rater), show, vocabulary
+                 path: Path, rater: str = ""):
+        self._show, self._vocabulary = show, vocabulary
+        self.name = ipywidgets.Text(rater, description="your name", continuous_update=False)
+        self.name.observe(lambda change: self._start(items, path, change["new"]), "value")
         self.examples, self.message = ipywidgets.HTML(), ipywidgets.HTML()
         wide = ipywidgets.Layout(width="95%")
         self.sliders = {question.name: ipywidgets.IntSlider(0, 0, question.most, description=question.name, layout=wide)
@@ -83,7 +79,11 @@ class Rater:
         save.on_click(lambda _: self.save())
         skip.on_click(lambda _: self.skip())
         asked = [ipywidgets.VBox([ipywidgets.Label(question.text), self.sliders[question.name]]) for question in rubric.RUBRIC]
-        self.box = ipywidgets.VBox([self.examples, *asked, ipywidgets.HBox([save, skip]), self.message])
+        self.box = ipywidgets.VBox([self.name, self.examples, *asked, ipywidgets.HBox([save, skip]), self.message])
+        self._start(items, path, rater)
+
+    def _start(self, items: Sequence[rubric.Item], path: Path, rater: str) -> None:
+        self.session = Session(items, path, rater)
         self._refresh()
 
     def save(self) -> None:
@@ -101,7 +101,10 @@ class Rater:
 
     def _refresh(self) -> None:
         item = self.session.current
-        self.examples.value = item_html(self._show(item), self._vocabulary) if item else "<p>All rated. Thank you.</p>"
+        if not self.session.rater:
+            self.examples.value = "<p>Enter your name to begin.</p>"
+        else:
+            self.examples.value = item_html(self._show(item), self._vocabulary) if item else "<p>All rated. Thank you.</p>"
         self.message.value = html.escape(self.session.progress)
         for slider in self.sliders.values():
             slider.value = 0

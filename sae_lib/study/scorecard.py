@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ class Scorecard:
         self.path = path or paths.figures_of(profile) / "results.json"
         self.header = {"profile": profile, "corpus": corpus, "seed": seed}
         self.log = log
+        self.others: Callable[[str], Sequence[float]] = lambda _: ()  # what further trainings gave for a row
 
     def row(
         self,
@@ -46,11 +47,15 @@ class Scorecard:
     ) -> None:
         """Add a finding, or replace the one with this id.
 
-        paper: the paper's number, or "figure only"; low, high: the interval around ours; seeds: how many trainings it rests on.
+        paper: the paper's number, or "figure only"; low, high: the interval around ours; seeds: how many trainings it rests on,
+        to which those that `others` knows of are added.
         Raises ValueError for a row that is not a finding: a number that is not finite, an interval that misses it, no claim.
         """
         ours, low, high = (None if number is None else float(number) for number in (ours, low, high))
         paper = float(paper) if isinstance(paper, Real) else paper
+        if others := [float(value) for value in self.others(id)]:
+            seeds += len(others)
+            caveat = "; ".join(filter(None, [caveat, "other trainings: " + ", ".join(f"{value:.3g}" for value in others)]))
         problem = _problem(id, claim, ours, low, high, seeds, verdict)
         if problem:
             raise ValueError(f"Scorecard row {id}: {problem}")

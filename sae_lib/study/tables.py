@@ -8,14 +8,13 @@ from sae_lib.features import activation_table
 from sae_lib.study.pipeline import Study
 
 
-def unit_table(study: Study, split: str = "test", on: str = "A", units: str = "features", whole: bool = False,
-               expansion: int | None = None) -> csc_array:
+def unit_table(study: Study, split: str = "test", on: str = "A", units: str = "features", whole: bool = False) -> csc_array:
     """The unit table of `study.held_out(split, whole)`: of the features of the dictionary on a transformer, or of its neurons.
 
     Neurons are active on about a third of all tokens: a table of them over the whole split takes gigabytes.
     """
     text, transformer = study.held_out(split, whole), study.transformer(on)
-    dictionary = study.dictionary(on, expansion) if units == "features" else None
+    dictionary = study.dictionary(on) if units == "features" else None
     encode = dictionary.model.encode if dictionary else lambda acts: acts
 
     def make(out, _) -> None:
