@@ -266,6 +266,7 @@ rows = [{"kind": KINDS[kind], **found.single._asdict()} for kind, found in score
 single = pd.DataFrame(rows, columns=["kind", "value", "low", "high"])
 fig = px.scatter(single, x="value", y="kind", error_x=single.high - single.value, error_x_minus=single.value - single.low, height=380,
                  labels={"value": "share of living units that are single-token units", "kind": ""})
+fig.update_yaxes(autorange="reversed")
 fig.update_traces(marker_size=11).update_xaxes(range=[-0.02, 1], tickformat=".0%").add_vline(x=0.57, line_dash="dot", annotation_text="the paper's A/1")
 share = single.set_index("kind").value.reindex(KINDS.values())
 study.show(fig, "05-single-token", claim=f"{share[KINDS['feature']]:.0%} of the features and {share[KINDS['random_weights']]:.0%} of the control's are single-token units",
