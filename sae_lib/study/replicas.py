@@ -93,21 +93,24 @@ def universality(study: Study, first: str, second: str) -> dict[str, float]:
 
 
 def known(study: Study, row: str) -> list[float]:
-    """What the further trainings gave for a row of the scorecard; nothing if they were not made, or did not measure it."""
-    found = _stage(study, None) if row in ROWS else None
-    return paths.read_json(found.path / "values.json")[row] if found else []
+    """What the further trainings gave for a row of the scorecard: of those that were made, and measured it."""
+    stages = [_stage(study, which, None) for which in REPLICAS] if row in ROWS else []
+    found = [paths.read_json(artefact.path / "values.json") for artefact in stages if artefact]
+    return [values[row] for values in found if row in values]
 
 
-def make(study: Study) -> dict[str, list[float]]:
-    """Train and measure the further trainings, or load what was measured: {id of a row: values, one a training}."""
+def make(study: Study, which: str) -> dict[str, float]:
+    """Train and measure a further training, or load what was measured: {id of a row: value}.
+
+    Universality is that of A and the further training; of A and B it is the scorecard's own.
+    """
     def run(out: Path, _: Path) -> None:
-        pairs = (("B", "C"), ("A", "C"))
-        found = [headline(study, which) | universality(study, *pair) for which, pair in zip(REPLICAS, pairs, strict=True)]
-        paths.write_json(out / "values.json", {row: [float(values[row]) for values in found] for row in ROWS})
+        found = headline(study, which) | (universality(study, "A", which) if which != "B" else {})
+        paths.write_json(out / "values.json", {row: float(found[row]) for row in ROWS if row in found})
 
-    return paths.read_json(_stage(study, run).path / "values.json")
+    return paths.read_json(_stage(study, which, run).path / "values.json")
 
 
-def _stage(study: Study, make: Callable[[Path, Path], object] | None) -> Artefact | None:
-    return study.store.stage("replicas", {"trainings": REPLICAS, "rows": ROWS}, make,
+def _stage(study: Study, which: str, make: Callable[[Path, Path], object] | None) -> Artefact | None:
+    return study.store.stage(f"replica_{which}", {"rows": ROWS, "transformer": which}, make,
                              inputs=[study.dictionary("A").artefact, study.tokens_artefact])

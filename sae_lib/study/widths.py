@@ -24,6 +24,7 @@ from torch import Tensor
 from sae_lib import effects, features, splitting
 from sae_lib.compare import live_units
 from sae_lib.evaluate import held_out_pass
+from sae_lib.precision import low_precision
 from sae_lib.sae import SAE
 from sae_lib.study.artefacts import Artefact
 from sae_lib.study.panels import label
@@ -97,9 +98,12 @@ def _dictionary(study: Study, expansion: int) -> tuple[SAE, Artefact]:
 def _table(study: Study, expansion: int, split: str) -> csc_array:
     """Unit table of the whole split: of the rarest contexts a part of it would hold too few documents."""
     sae, dictionary = _dictionary(study, expansion)
+    dtype = low_precision()  # the encoder's products are most of the work
 
     def make(out: Path, _: Path) -> None:
-        table = features.activation_table(study.transformer("A").model, study.held_out(split, whole=True).contexts, sae.encode)
+        low = sae.to(dtype)
+        table = features.activation_table(study.transformer("A").model, study.held_out(split, whole=True).contexts,
+                                          lambda acts: low.encode(acts.to(dtype)))
         scipy.sparse.save_npz(out / "table.npz", table, compressed=False)
 
     artefact = study.store.stage(f"table_width_{expansion}x_{split}", {}, make, inputs=[dictionary, study.tokens_artefact],
