@@ -1,7 +1,9 @@
 """Activations of the transformer's MLP as training data for dictionaries (Bricken et al., App. Dataset; B2).
 
 A chunk of contexts is run through the model, some tokens of each are kept, and the rows of the whole chunk are shuffled, so
-that a batch mixes thousands of contexts. What a batch holds depends on (seed, step) alone: training resumes anywhere.
+that a batch mixes thousands of contexts. What a batch holds depends on (seed, step) alone: training resumes anywhere. Of several
+processes that train together each harvests some of the contexts and has their rows of every batch, so all of them together have
+the batch that one alone would have, and no activation travels between them.
 """
 
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lib.distributed import ALONE, Processes
 from sae_lib.errors import StudyError
 from sae_lib.kernels import in_parallel
 from sae_lib.precision import low_precision
@@ -37,7 +40,8 @@ class ActivationStream:
 
     END_OF_TEXT = 0
 
-    def __init__(self, model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"], batch_size: int, config: StreamConfig):
+    def __init__(self, model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"], batch_size: int, config: StreamConfig,
+                 processes: Processes = ALONE):
         self.model, self.contexts, self.batch_size, self.config = model, contexts, batch_size, config
         self.n_ctx = contexts.shape[1]
         self.kept = min(config.tokens_per_context, self.n_ctx)
@@ -49,42 +53,63 @@ class ActivationStream:
         if not self.batches_per_chunk:
             raise StudyError(f"{len(contexts)} contexts give fewer activations than one batch of {batch_size}; use "
                              "more text or a smaller batch.")
+        # Whole runs of the model, so that products are of the same shapes, and give the same bits, however many share them.
+        runs = -(-self.chunk_contexts // HARVEST_CONTEXTS)
+        if processes.count > runs:
+            raise StudyError(f"A chunk of {self.chunk_contexts} contexts is too small for {processes.count} processes; use at "
+                             f"most {runs}, or larger chunks.")
+        owner = torch.arange(self.chunk_contexts) // HARVEST_CONTEXTS % processes.count
+        self.mine = (owner == processes.rank).nonzero()[:, 0]
 
     @property
     def d_in(self) -> int:
         return self.model.cfg.d_mlp
 
     @property
+    def rows_held(self) -> int:
+        """Activations in memory at once."""
+        return len(self.mine) * self.kept
+
+    @property
     def activations_per_pass(self) -> int:
         return self.chunks_per_pass * self.batches_per_chunk * self.batch_size
 
     def batches(self, start_step: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Endless batches, beginning with that of step `start_step`."""
+        """Endless batches, beginning with that of step `start_step`; of each, this process's rows: all, if it is alone."""
         chunk, first = divmod(start_step, self.batches_per_chunk)
+        n = self.chunk_contexts * self.kept
+        held = torch.full((self.chunk_contexts, self.kept), -1)  # where each row of the chunk is among those held here
+        held[self.mine] = torch.arange(len(self.mine) * self.kept).view(-1, self.kept)
         while True:
             rows = self._chunk(chunk)
-            order = torch.randperm(len(rows), generator=generator(self.config.seed, "shuffle-rows", chunk))
+            order = held.flatten()[torch.randperm(n, generator=generator(self.config.seed, "shuffle-rows", chunk))]
             for i in range(first, self.batches_per_chunk):
-                yield rows[order[i * self.batch_size:(i + 1) * self.batch_size]]
+                batch = order[i * self.batch_size:(i + 1) * self.batch_size]
+                yield rows[batch[batch >= 0]]
+            del rows  # before the next are harvested: two chunks would take twice the memory
             chunk, first = chunk + 1, 0
 
     def sample(self, n: int, purpose: str = "sample", step: int = 0) -> Float[Tensor, "n d_in"]:
         """`n` rows from random contexts, in float32: for the scale, the geometric median and resampling."""
         rng = generator(self.config.seed, purpose, step)
         n_contexts = min(len(self.contexts), -(-n // self.kept))
-        rows = self._harvest(torch.randperm(len(self.contexts), generator=rng)[:n_contexts], rng)
+        chosen = torch.randperm(len(self.contexts), generator=rng)[:n_contexts]
+        rows = self._harvest(chosen, self._keys(n_contexts, rng))
         return rows[torch.randperm(len(rows), generator=rng)[:n]].float()
 
     def _chunk(self, chunk: int) -> Float[Tensor, "rows d_in"]:
         epoch, position = divmod(chunk, self.chunks_per_pass)
         order = torch.randperm(len(self.contexts), generator=generator(self.config.seed, "harvest-order", epoch))
         chosen = order[position * self.chunk_contexts:(position + 1) * self.chunk_contexts]
-        return self._harvest(chosen, generator(self.config.seed, "harvest-tokens", chunk))
+        keys = self._keys(len(chosen), generator(self.config.seed, "harvest-tokens", chunk))
+        return self._harvest(chosen[self.mine], keys[self.mine])
 
-    def _harvest(self, chosen: Int[Tensor, " n"], rng: torch.Generator) -> Float[Tensor, "rows d_in"]:
+    def _keys(self, n: int, rng: torch.Generator) -> Float[Tensor, "n n_ctx"]:
+        """Of each context the tokens with the smallest are kept."""
+        return torch.rand(n, self.n_ctx, generator=rng)
+
+    def _harvest(self, chosen: Int[Tensor, " n"], keys: Float[Tensor, "n n_ctx"]) -> Float[Tensor, "rows d_in"]:
         rows = torch.empty(len(chosen), self.kept, self.d_in, dtype=self.dtype)
-        # Drawn here, in order, since the threads below run in any.
-        keys = torch.rand(len(chosen), self.n_ctx, generator=rng)
 
         def run(start: int) -> None:
             few = slice(start, start + HARVEST_CONTEXTS)

@@ -1,4 +1,4 @@
-"""Training a dictionary: schedules, resampling of dead features, exact resume (Bricken et al., App. Architecture; B2-B4)."""
+"""Training a dictionary: resampling of dead features, exact resume, many processes (Bricken et al., App. Architecture; B2-B4)."""
 
 import json
 import math
@@ -16,62 +16,17 @@ from tqdm.auto import tqdm
 
 from sae_lib.births import bear, make_rare
 from sae_lib.checkpoint import load_checkpoint, save_checkpoint
+from sae_lib.distributed import ALONE, Processes
 from sae_lib.errors import StudyError
-from sae_lib.precision import native_bfloat16
+from sae_lib.recipe import TrainConfig, l1_at, learning_rate
 from sae_lib.sae import SAE, SAEConfig, geometric_median
 from sae_lib.seeds import generator
 from sae_lib.step import SPARSE_L0, LossGradient, Parameters, StepSums, adam_step
 
 SCALE_SAMPLE = 16_384  # activations for the scale, the geometric median and the densities that features are born with
 BIRTH_NORM = 0.3  # of the encoder rows of a dictionary whose features are born rare
-RESAMPLE_CHUNK = 65_536  # inputs whose loss is computed at once when resampling
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a dictionary is trained. Everything given as a share is a share of the run's steps.
-
-    The activations are trained on at mean norm sqrt(d_in), x' = s * x, and the loss is the mean over the batch of
-    ||x' - x_hat'||^2 + l1_coefficient * ||f'||_1: a *summed* squared error. In the paper's units (squared error averaged over
-    the d_in elements) the coefficient is l1_coefficient / d_in; on unscaled activations it is l1_coefficient / s.
-    """
-
-    n_activations: int
-    batch_size: int = 8192
-    l1_coefficient: float = 5.0
-    lr: float = 4e-4  # the paper reports neither the learning rate nor betas nor warm-up
-    betas: tuple[float, float] = (0.9, 0.999)
-    lr_warmup: float = 0.0
-    lr_decay: float = 0.0  # the last share of the run, over which the rate falls linearly to `lr_final * lr`
-    lr_final: float = 0.0
-    l1_warmup: float = 0.0
-    resample_at: tuple[float, ...] = (0.025, 0.05, 0.075, 0.1)
-    dead_window: float = 0.0125
-    resample_inputs: int = 819_200
-    birth_density: float | None = None
-    """Share of inputs on which a new feature fires. With None features are born as in the paper: at the start with Kaiming
-    weights, which make each fire on half of the inputs; later along an uncentred input, with zero bias. With a number both
-    are born along an input minus `b_dec`, which is what the encoder sees, with the bias that makes them as rare as that."""
-    seed: int = 0
-    precision: str = "auto"  # or "float32", "bfloat16": of the factors in matrix products
-    log_every: int = 100
-    checkpoint_every: int = 1000
-
-    @property
-    def n_steps(self) -> int:
-        return max(1, self.n_activations // self.batch_size)
-
-    def steps(self, share: float) -> int:
-        return max(1, round(share * self.n_steps))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the factors in matrix products: bfloat16 where the machine has units for it, unless told."""
-        if self.precision == "auto":
-            return torch.bfloat16 if native_bfloat16() else torch.float32
-        if self.precision not in ("float32", "bfloat16"):
-            raise StudyError(f"There is no precision '{self.precision}'; use auto, float32 or bfloat16.")
-        return getattr(torch, self.precision)
+RESAMPLE_CHUNK = 65_536  # inputs that are harvested at once when resampling
+LOSS_ROWS = 1024  # of them whose features are in memory together
 
 
 @runtime_checkable
@@ -79,11 +34,13 @@ class ActivationSource(Protocol):
     """Where activations come from; what it gives depends on its arguments alone."""
 
     def batches(self, start_step: int = 0) -> Iterator[Tensor]:
-        """Batches [batch, d_in], float32 or bfloat16, beginning with that of step `start_step`."""
+        """Batches [batch, d_in], float32 or bfloat16, beginning with that of step `start_step`: of each what this process is to
+        take through the dictionary, out of several that train together.
+        """
         ...
 
     def sample(self, n: int, purpose: str = "sample", step: int = 0) -> Tensor:
-        """At most `n` random rows [n, d_in], float32."""
+        """At most `n` random rows [n, d_in], float32, the same in all processes."""
         ...
 
 
@@ -105,23 +62,6 @@ class TrainState:
     def dead(self, window: int) -> Bool[Tensor, " d_sae"]:
         """Features that were active in none of the last `window` steps."""
         return self.last_fired <= self.step - window
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, a plateau, and a linear fall at the end; `step` counts from 0."""
-    rate = config.lr
-    if config.lr_warmup:
-        rate *= min(1.0, (step + 1) / config.steps(config.lr_warmup))
-    if config.lr_decay:
-        left = (config.n_steps - step) / config.steps(config.lr_decay)
-        rate *= config.lr_final + (1 - config.lr_final) * min(1.0, left)
-    return rate
-
-
-def l1_at(config: TrainConfig, step: int) -> float:
-    """The L1 coefficient, which may rise linearly at the start; `step` counts from 0."""
-    warm = min(1.0, (step + 1) / config.steps(config.l1_warmup)) if config.l1_warmup else 1.0
-    return config.l1_coefficient * warm
 
 
 def initial_state(source: ActivationSource, sae_config: SAEConfig, birth_density: float | None = None) -> TrainState:
@@ -170,7 +110,7 @@ def resample(state: TrainState, source: ActivationSource, config: TrainConfig) -
     for i, start in enumerate(range(0, config.resample_inputs, RESAMPLE_CHUNK)):
         n = min(RESAMPLE_CHUNK, config.resample_inputs - start)
         x = source.sample(n, f"resample-{i}", state.step) * state.scale
-        weight = torch.cat([losses(rows) for rows in x.split(1024)]).double().square()
+        weight = torch.cat([losses(rows) for rows in x.split(LOSS_ROWS)]).double().square()
         # Drawing chunk by chunk: a later chunk takes over a draw with its share of all the weight so far.
         total += weight.sum().item()
         replaced = torch.rand(n_dead, generator=rng, dtype=torch.float64) * total < weight.sum()
@@ -187,47 +127,59 @@ def resample(state: TrainState, source: ActivationSource, config: TrainConfig) -
 
 
 def train_sae(source: ActivationSource, sae_config: SAEConfig, config: TrainConfig, checkpoint: Path | None = None,
-              stop_after: int | None = None) -> tuple[SAE, pd.DataFrame]:
+              stop_after: int | None = None, processes: Processes = ALONE) -> tuple[SAE, pd.DataFrame]:
     """Train a dictionary and return it, reading unscaled activations, with its log.
 
     The log's columns: step; activations (seen); loss, mse (summed over d_in), l1 and l0, means over the rows since the line
     before, in scaled units; dead (share of features not active in `dead_window`); resampled (features, at this step); lr;
     seconds (of training). Resumes exactly from `checkpoint` if that file exists: 200 steps give the same bits as 100, a stop,
-    and 100 more. `stop_after` ends early at that step, as an interruption would.
+    and 100 more. `stop_after` ends early at that step, as an interruption would. `processes` train one dictionary together, each
+    on its part of every batch; the first reads and writes checkpoints, which any number of processes may go on from.
 
     Raises StudyError if the loss is no longer finite (the last checkpoint is kept), if the activations are not of width
     `d_in`, or if the checkpoint is damaged or belongs to another training.
     """
     resample_steps = {config.steps(share) for share in config.resample_at}
-    state = _resume(checkpoint, sae_config, config) or initial_state(source, sae_config, config.birth_density)
+    checkpoint = checkpoint if processes.first else None
+    begin = lambda: _resume(checkpoint, sae_config, config) or initial_state(source, sae_config, config.birth_density)
+    state = _state(*processes.tensors_from_first(lambda: _parts(begin())))
     gradient = LossGradient(state.p, config.dtype)
     end = min(config.n_steps, stop_after or config.n_steps)
     began = time.monotonic() - (state.log[-1]["seconds"] if state.log else 0.0)
-    bar = tqdm(total=config.n_steps, initial=state.step, desc="dictionary", unit="step", leave=False, mininterval=2)
+    bar = tqdm(total=config.n_steps, initial=state.step, desc="dictionary", unit="step", leave=False, mininterval=2,
+               disable=not processes.first)
     batches = source.batches(state.step)
     while state.step < end:
-        x = next(batches)
-        if len(x) != config.batch_size:
-            raise StudyError(f"A batch has {len(x)} rows instead of {config.batch_size}; give the activations and the "
-                             "training one batch size.")
         lr, l1_coefficient = learning_rate(config, state.step), l1_at(config, state.step)
         # Deterministic, since it depends on counts alone; the margin is for rows that have more than most.
-        sums = gradient.add(x, l1_coefficient, state.scale, sparse=state.l0 < 0.75 * SPARSE_L0)
+        x, sparse = next(batches), state.l0 < 0.75 * SPARSE_L0
+        sums, rows = _over_all(processes, gradient.grads, gradient.add(x, l1_coefficient, state.scale, sparse), len(x))
+        if rows != config.batch_size:
+            raise StudyError(f"A batch has {rows} rows instead of {config.batch_size}; give the activations and the training one "
+                             "batch size.")
         state.step += 1
         state.age += 1
-        finite = adam_step(state.p, gradient.grads, state.m, state.v, state.age, state.step, 1 / len(x), lr, config.betas)
+        finite = adam_step(state.p, gradient.grads, state.m, state.v, state.age, state.step, 1 / rows, lr, config.betas)
         if not (finite and math.isfinite(sums.squared_error + sums.l1)):
             raise StudyError(_not_finite(state.step, config, checkpoint))
-        _count(state, sums, len(x))
+        _count(state, sums, rows)
         resampled = resample(state, source, config) if state.step in resample_steps else 0
         bar.update()
         if state.step % config.log_every == 0 or state.step == config.n_steps or resampled:
             _log(state, config, l1_coefficient, lr, resampled, time.monotonic() - began)
             bar.set_postfix(loss=f"{state.log[-1]['loss']:.1f}", l0=f"{state.log[-1]['l0']:.1f}", refresh=False)
-        if checkpoint and (state.step % config.checkpoint_every == 0 or state.step == end):
-            _save(checkpoint, state, sae_config, config)
+        if state.step % config.checkpoint_every == 0 or state.step == end:
+            _save(checkpoint, state, sae_config, config, processes)
     bar.close()
     return _finished(state, sae_config, config), pd.DataFrame(state.log)
+
+
+def _over_all(processes: Processes, grads: Parameters, sums: StepSums, rows: int) -> tuple[StepSums, int]:
+    """Sum the gradient over all processes, in place; what they found on the batch together, and its rows."""
+    values = torch.tensor([sums.squared_error, sums.l1, rows], dtype=torch.float64)
+    processes.sum(*grads, sums.fired, values)
+    squared_error, l1, all_rows = values.tolist()
+    return StepSums(squared_error, l1, sums.fired), round(all_rows)
 
 
 def _count(state: TrainState, sums: StepSums, rows: int) -> None:
@@ -271,13 +223,25 @@ def _identity(sae_config: SAEConfig, config: TrainConfig) -> dict:
     return identity
 
 
-def _save(path: Path, state: TrainState, sae_config: SAEConfig, config: TrainConfig) -> None:
+def _parts(state: TrainState) -> tuple[dict[str, Tensor], dict]:
     tensors = {f"{group}/{name}": value for group in ("p", "m", "v")
                for name, value in getattr(state, group)._asdict().items()}
     tensors |= {"age": state.age, "last_fired": state.last_fired}
-    values = {"scale": state.scale, "step": state.step, "l0": state.l0, "sums": state.sums, "log": state.log,
-              "identity": _identity(sae_config, config)}
-    save_checkpoint(path, tensors, values)
+    return tensors, {"scale": state.scale, "step": state.step, "l0": state.l0, "sums": state.sums, "log": state.log}
+
+
+def _state(tensors: dict[str, Tensor], values: dict) -> TrainState:
+    groups = {g: Parameters(*(tensors[f"{g}/{name}"] for name in Parameters._fields)) for g in ("p", "m", "v")}
+    return TrainState(**groups, age=tensors["age"], last_fired=tensors["last_fired"], scale=values["scale"],
+                      step=values["step"], l0=values["l0"], sums=values["sums"], log=values["log"])
+
+
+def _save(path: Path | None, state: TrainState, sae_config: SAEConfig, config: TrainConfig, processes: Processes) -> None:
+    tensors, values = _parts(state)
+    # Machines that round differently drift apart; all go on from what the checkpoint holds.
+    processes.same(*tensors.values())
+    if path:
+        save_checkpoint(path, tensors, values | {"identity": _identity(sae_config, config)})
 
 
 def _resume(path: Path | None, sae_config: SAEConfig, config: TrainConfig) -> TrainState | None:
@@ -288,6 +252,4 @@ def _resume(path: Path | None, sae_config: SAEConfig, config: TrainConfig) -> Tr
     # Compared as JSON values: tuples come back as lists.
     if values["identity"] != json.loads(json.dumps(_identity(sae_config, config))):
         raise StudyError(f"The checkpoint {path} belongs to a training with other settings; delete it to start this one.")
-    groups = {g: Parameters(*(tensors[f"{g}/{name}"] for name in Parameters._fields)) for g in ("p", "m", "v")}
-    return TrainState(**groups, age=tensors["age"], last_fired=tensors["last_fired"], scale=values["scale"],
-                      step=values["step"], l0=values["l0"], sums=values["sums"], log=values["log"])
+    return _state(tensors, values)

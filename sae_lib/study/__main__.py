@@ -97,13 +97,21 @@ def _reference(options: argparse.Namespace) -> int:
     return 0
 
 
+def _dictionary(options: argparse.Namespace) -> int:
+    from sae_lib.study import together
+
+    together.dictionary(options.profile, options.seed, _absolute(options.corpus), options.on)
+    return 0
+
+
 def _replicas(options: argparse.Namespace) -> int:
     from sae_lib.study import replicas
     from sae_lib.study.pipeline import begin
 
     study = begin(options.profile, options.seed, "auto", _absolute(options.corpus))
-    for name, values in replicas.make(study).items():
-        print(name, *(f"{value:.4g}" for value in values))
+    for which in options.which or replicas.REPLICAS:
+        for row, value in replicas.make(study, which).items():
+            print(which, row, f"{value:.4g}")
     return 0
 
 
@@ -149,7 +157,15 @@ def _parser() -> argparse.ArgumentParser:
     reference.add_argument("names", nargs="+", metavar="NAME")
     reference.set_defaults(action=_reference)
 
+    dictionary = commands.add_parser("dictionary", help="train the main dictionary; under torchrun, in many processes together")
+    dictionary.add_argument("--profile", default="workshop")
+    dictionary.add_argument("--seed", type=int, default=0)
+    dictionary.add_argument("--corpus", default="", metavar="SPEC")
+    dictionary.add_argument("--on", default="A", choices=("A", "B", "C"), help="transformer")
+    dictionary.set_defaults(action=_dictionary)
+
     replicas = commands.add_parser("replicas", help="train and measure two more transformers and dictionaries, for the spread")
+    replicas.add_argument("which", nargs="*", metavar="WHICH", help="B (which the study has anyway) and C, unless told")
     replicas.add_argument("--profile", default="workshop")
     replicas.add_argument("--seed", type=int, default=0)
     replicas.add_argument("--corpus", default="", metavar="SPEC")

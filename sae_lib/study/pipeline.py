@@ -21,8 +21,10 @@ from torch import Tensor
 from sae_lib import corpus as corpus_module
 from sae_lib import tokens as tokens_module
 from sae_lib.activations import ActivationStream
+from sae_lib.distributed import ALONE, Processes
 from sae_lib.errors import StudyError
 from sae_lib.evaluate import Text, best_detectors, count_won, held_out_pass
+from sae_lib.memory import fitting_plan
 from sae_lib.metrics import Interval, bootstrap_interval, density_summary, pearson_from_sums
 from sae_lib.precision import low_precision
 from sae_lib.pretrain import train_transformer
@@ -52,14 +54,15 @@ class Trained(NamedTuple):
 class Study:
     """One profile, seed and corpus; `begin` makes it. Its methods compose the library's steps into named artefacts."""
 
-    def __init__(self, profile: str = "workshop", seed: int = 0, artefacts: str = "auto", corpus: str = ""):
+    def __init__(self, profile: str = "workshop", seed: int = 0, artefacts: str = "auto", corpus: str = "",
+                 processes: Processes = ALONE):
         if profile not in PROFILES:
             raise StudyError(f"There is no profile '{profile}'; choose one of {', '.join(PROFILES)}.")
         self.profile = PROFILES[profile]
         paths.use_profile(profile)
         if corpus:
             self.profile = replace(self.profile, corpus=replace(self.profile.corpus, source=corpus))
-        self.seed = seed
+        self.seed, self.processes = seed, processes
         self.store = Store(mode=artefacts)
         self._transformers: dict[str, Trained] = {}
         self.scorecard = Scorecard(profile=profile, corpus=self.profile.corpus.source, seed=seed)
@@ -162,7 +165,13 @@ class Study:
         """Training activations of a transformer, in batches of the main dictionary's size unless told."""
         config = replace(self.profile.stream, seed=self._seed_of(which))
         return ActivationStream(self.transformer(which).model, self.contexts("train"),
-                                batch_size or self.profile.dictionary.batch_size, config)
+                                batch_size or self.profile.dictionary.batch_size, config, self.processes)
+
+    def train(self, on: str, config: SAEConfig, train: TrainConfig, checkpoint: Path | None = None) -> tuple[SAE, pd.DataFrame]:
+        """A dictionary trained on a transformer's activations, and its log; refused if there is too little memory for it."""
+        stream = self.stream(on, train.batch_size)
+        self.store.log(str(fitting_plan(config, train, stream.rows_held, self.processes)))
+        return train_sae(stream, config, train, checkpoint, processes=self.processes)
 
     def sae_config(self, on: str = "A") -> SAEConfig:
         """Sizes of the main dictionary on a transformer's activations."""
@@ -176,7 +185,7 @@ class Study:
         transformer = self.transformer(on)
 
         def make(out: Path, checkpoint: Path) -> None:
-            sae, log = train_sae(self.stream(on), config, train, checkpoint / "dictionary.safetensors")
+            sae, log = self.train(on, config, train, checkpoint / "dictionary.safetensors")
             sae.metadata["dataset_path"] = self.profile.corpus.source
             sae.save(out, torch.float16)  # the committed ones stay small
             log.to_json(out / "log.json", orient="records")
@@ -210,7 +219,7 @@ class Study:
         trainings = [replace(short, l1_coefficient=l1) for l1 in self.profile.sweep_l1] + [replace(short, birth_density=None)]
 
         def one(train: TrainConfig, checkpoint: Path) -> dict:
-            sae, _ = train_sae(self.stream("A", train.batch_size), config, train, checkpoint)
+            sae, _ = self.train("A", config, train, checkpoint)
             found = held_out_pass(model.model, text, sae)
             density = density_summary(found.fired, len(found.document))
             return {"l1": train.l1_coefficient, "born": "as in the paper" if train.birth_density is None else "rare",

@@ -31,7 +31,6 @@ from sae_lib.study.panels import label
 from sae_lib.study.pipeline import Study
 from sae_lib.study.tables import flat
 from sae_lib.token_classes import Classes
-from sae_lib.train import train_sae
 
 LISTED = 6  # tokens that are kept of those a feature fires on, and of those it raises
 TEXT_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
@@ -87,7 +86,7 @@ def _dictionary(study: Study, expansion: int) -> tuple[SAE, Artefact]:
     config = replace(study.sae_config(), d_sae=expansion * study.profile.transformer.d_mlp)
 
     def make(out: Path, checkpoint: Path) -> None:
-        sae, _ = train_sae(study.stream("A", train.batch_size), config, train, checkpoint / "dictionary.safetensors")
+        sae, _ = study.train("A", config, train, checkpoint / "dictionary.safetensors")
         sae.save(out)
 
     inputs = [study.transformer("A").artefact, study.tokens_artefact]

@@ -1,0 +1,88 @@
+"""How much memory a dictionary's training will take, told before it begins; and a refusal where there is too little.
+
+A training that runs out of memory is killed without a word, hours in, when dead features are resampled or another chunk of
+activations comes. Everything large in it is known from its settings.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from sae_lib.distributed import ALONE, Processes
+from sae_lib.errors import StudyError
+from sae_lib.precision import low_precision
+from sae_lib.recipe import TrainConfig
+from sae_lib.sae import SAEConfig
+from sae_lib.step import DENSE_ELEMENTS, GROUP, MICRO_BATCH, SPARSE_L0
+from sae_lib.train import LOSS_ROWS, RESAMPLE_CHUNK
+
+GIB = 2 ** 30
+FLOAT, INT = 4, 8  # bytes
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes of one process of a training, at the moment that takes most; besides the program, the text and the transformer."""
+
+    weights: int
+    moments: int
+    """Of Adam, and each feature's age and last step of being active."""
+    gradients: int
+    copies: int
+    """Of the weights as factors of products, where these are not in float32."""
+    dense: int
+    """Buffers of the step's dense way. Those of both ways are kept."""
+    sparse: int
+    activations: int
+    """The chunk that batches are drawn from, and one batch."""
+    resampling: int
+    """Inputs that dead features are drawn from, and new rows for all features, should all be dead."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self._asdict().items())
+        return f"memory of the training: {self.total / GIB:.2f} GiB ({parts})"
+
+
+def memory_plan(sae: SAEConfig, train: TrainConfig, rows_held: int) -> MemoryPlan:
+    """What a training takes whose process holds `rows_held` activations at once (`ActivationStream.rows_held`)."""
+    d_in, d_sae, low, harvested = sae.d_in, sae.d_sae, train.dtype.itemsize, low_precision().itemsize
+    weights = FLOAT * (2 * d_sae * d_in + d_sae + d_in)
+    matrix_copy = low * d_sae * d_in if train.dtype != torch.float32 else 0
+    group = min(train.batch_size, GROUP)
+    dense_rows = min(group, max(MICRO_BATCH, DENSE_ELEMENTS // d_sae))
+    micro_batches, dense_micro_batches = -(-group // MICRO_BATCH), -(-dense_rows // MICRO_BATCH)
+    # Features and their gradients, errors and inputs; counts and gradients of the biases of each micro-batch.
+    dense = 2 * low * dense_rows * (d_sae + d_in) + FLOAT * dense_micro_batches * (2 * d_sae + d_in)
+    pairs = micro_batches * MICRO_BATCH * SPARSE_L0 * 3 * FLOAT
+    pre_activations = low * torch.get_num_threads() * MICRO_BATCH * d_sae
+    sparse = 2 * FLOAT * group * d_in + pairs + INT * micro_batches * (d_sae + 1) + pre_activations
+    # A row's own bytes, where it is among the rows held, and its place in the order, drawn and looked up.
+    activations = rows_held * (harvested * d_in + 3 * INT) + harvested * train.batch_size * d_in
+    inputs = min(train.resample_inputs, RESAMPLE_CHUNK) if train.resample_at else 0
+    # Inputs as harvested and shuffled, in float32 and scaled; weights as factors; features of those looked at together. As many
+    # new rows as these are in memory once more when the finished dictionary is put together.
+    resampling = inputs * d_in * 2 * (harvested + FLOAT) + 2 * matrix_copy + low * LOSS_ROWS * d_sae + 3 * FLOAT * d_sae * d_in
+    return MemoryPlan(weights, 2 * weights + 2 * INT * d_sae, weights, 2 * matrix_copy, dense, sparse, activations, resampling)
+
+
+def fitting_plan(sae: SAEConfig, train: TrainConfig, rows_held: int, processes: Processes = ALONE,
+                 available: int | None = None) -> MemoryPlan:
+    """The plan of a training for which there is memory: `available` bytes, by default what this machine has free.
+
+    Processes on one machine share its memory. Raises StudyError, which names the widest dictionary that fits, if that is too
+    little; widths are multiples of `d_in`.
+    """
+    free = (psutil.virtual_memory().available if available is None else available) // processes.on_this_machine
+    plan = memory_plan(sae, train, rows_held)
+    if plan.total <= free:
+        return plan
+    total = lambda width: memory_plan(replace(sae, d_sae=width), train, rows_held).total
+    widest = max((n for n in range(sae.d_in, sae.d_sae, sae.d_in) if total(n) <= free), default=0)
+    advice = f"the widest that fits has {widest:,}" if widest else "end other programs, or take smaller chunks of activations"
+    raise StudyError(f"A dictionary of {sae.d_sae:,} features needs {plan.total / GIB:.2f} GiB of memory in each process and "
+                     f"{free / GIB:.2f} GiB are free; {advice}.")
