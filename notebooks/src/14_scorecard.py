@@ -51,7 +51,7 @@ table[["id", "claim", "paper", "paper_source", "ours", "low", "high", "verdict",
 # **Predict.** Which of our numbers will be furthest from the paper's?
 
 # %%
-both = table.dropna(subset=["paper", "ours"])
+both = table.assign(paper=pd.to_numeric(table.paper, errors="coerce")).dropna(subset=["paper", "ours"])  # not "figure only"
 both = both[both.ours > 0]
 ratio = both.ours / both.paper
 colours = {"reproduced": "#009E73", "partly": "#E69F00", "not": "#D55E00"}
