@@ -1,0 +1,1 @@
+"""Speed of the project and of its peers, measured alternately on one machine: `python -m tests.benchmarks`."""

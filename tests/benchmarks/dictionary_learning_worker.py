@@ -1,0 +1,47 @@
+"""dictionary_learning, as its trainSAE trains: https://github.com/saprmarks/dictionary_learning (README, Training).
+
+On a CPU trainSAE does not autocast, so float32 is all there is. Its activation buffer imports an old nnsight, which cannot be
+installed beside SAELens; nothing measured here uses it, so an empty module takes its place.
+"""
+
+import sys
+from types import ModuleType
+
+import numpy as np
+from torch import Tensor
+
+from .protocol import serve
+from .trainings import Training, Trainings
+
+nnsight = ModuleType("nnsight")
+nnsight.LanguageModel = object
+sys.modules.setdefault("nnsight", nnsight)
+
+from dictionary_learning.trainers.standard import StandardTrainer  # noqa: E402
+from dictionary_learning.trainers.top_k import TopKTrainer  # noqa: E402
+
+STEPS = 10 ** 6  # more than any run here makes: its schedule has no decay unless asked
+
+
+class DictionaryLearning(Training):
+    def __init__(self, pool: np.ndarray, batch_size: int, d_sae: int, lr: float, warmup: int, scale: float,
+                 l1_coefficient: float | None = None, k: int | None = None):
+        self.scale, self.done = scale, 0
+        shared = {"steps": STEPS, "activation_dim": pool.shape[1], "dict_size": d_sae, "layer": 0, "lm_name": "one-layer",
+                  "lr": lr, "warmup_steps": warmup, "seed": 0, "device": "cpu"}
+        if k is None:
+            self.trainer = StandardTrainer(**shared, l1_penalty=l1_coefficient, sparsity_warmup_steps=None)
+        else:
+            self.trainer = TopKTrainer(**shared, k=k)
+
+    def step(self, x: Tensor) -> None:
+        self.trainer.update(self.done, x * self.scale)
+        self.done += 1
+
+    def weights(self) -> dict[str, Tensor]:
+        ae = self.trainer.ae
+        return {"W_enc": ae.encoder.weight.T, "b_enc": ae.encoder.bias, "W_dec": ae.decoder.weight.T, "b_dec": ae.bias}
+
+
+if __name__ == "__main__":
+    serve(Trainings(DictionaryLearning).operations())

@@ -1,0 +1,108 @@
+"""The arithmetic of the benchmark, who is measured when, and what it says when there are no peers. Nothing is timed."""
+
+import subprocess
+
+import pytest
+from benchmarks import peers
+from benchmarks.arithmetic import (
+    l1_at_scale,
+    mean_norm_scale,
+    order,
+    product_operations,
+    rate,
+    ratio,
+    row,
+    table,
+    unit_norm_scale,
+)
+from benchmarks.measure import Arm, alternate
+
+
+def test_a_rate_is_the_median_over_rounds_of_each_rounds_mean_step():
+    # Rounds of two steps: 3, 6 and 1 seconds for 2 * 12 activations are 8, 4 and 24 a second.
+    found = rate(12, [[1.0, 2.0], [3.0, 3.0], [0.5, 0.5]])
+    assert found == (8.0, 4.0, 24.0, 3)
+    with pytest.raises(ValueError, match="no round"):
+        rate(12, [])
+
+
+def test_a_ratio_compares_within_rounds_and_only_then_takes_the_median():
+    # The machine was half as fast for both in the second round, which does not touch the ratio: 4, 4 and 3.
+    project, peer = [[1.0], [2.0], [1.0, 1.0]], [[4.0], [8.0], [3.0, 3.0]]
+    assert ratio(project, peer) == (4.0, 3.0, 4.0, 3)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        ratio(project, peer[:2])
+
+
+def test_everyone_is_measured_once_a_round_and_each_begins_in_turn():
+    assert [order(["project", "a", "b"], i) for i in range(4)] == [
+        ["project", "a", "b"], ["a", "b", "project"], ["b", "project", "a"], ["project", "a", "b"]]
+
+
+def test_the_warm_up_round_is_not_counted():
+    calls: list[str] = []
+
+    def arm(name: str) -> Arm:
+        def run() -> list[float]:
+            calls.append(name)
+            return [float(len(calls))]
+        return Arm(name, run)
+
+    found = alternate([arm("project"), arm("peer")], rounds=2)
+    assert calls == ["project", "peer"] + ["project", "peer"] + ["peer", "project"]
+    assert found == {"project": [[3.0], [6.0]], "peer": [[4.0], [5.0]]}
+
+
+def test_the_l1_coefficient_in_each_librarys_unit():
+    # Activations (3, 4) and (0, 10), norms 5 and 10: mean norm 7.5, mean squared norm 62.5.
+    mine, theirs = mean_norm_scale(2, 7.5), unit_norm_scale(62.5)
+    assert mine == pytest.approx(2 ** 0.5 / 7.5) and theirs == pytest.approx(1 / 62.5 ** 0.5)
+    # 3 at the project's scale is 3 * (0.126491 / 0.188562) = 2.0125 at dictionary_learning's.
+    assert l1_at_scale(3.0, mine, theirs) == pytest.approx(2.01246, rel=1e-5)
+
+
+def test_the_converted_coefficient_orders_solutions_as_before():
+    # One activation x = 6 and two solutions: x_hat = 5 with f = 5 and x_hat = 4 with f = 4, at scales 1 and 1/2. With coefficient
+    # 2 they cost 1 + 10 = 11 and 4 + 8 = 12; at half the scale each must cost a quarter.
+    new = l1_at_scale(2.0, 1.0, 0.5)
+    assert (0.5 ** 2 + new * 2.5, 1.0 ** 2 + new * 2.0) == (11 / 4, 12 / 4)
+
+
+def test_five_products():
+    assert product_operations(batch=2, d_in=3, d_sae=5) == 5 * 2 * 30
+
+
+def test_a_row_and_its_line_of_the_table():
+    found = row("sae_step.relu.8x.vs_peer", 30_000.4, 6_000, 5.00006, "activations/s", 4.5, 5.5, "note")
+    assert found == {"id": "sae_step.relu.8x.vs_peer", "project": 30_000, "peer": 6_000, "ratio": 5.0, "unit": "activations/s",
+                     "low": 4.5, "high": 5.5, "note": "note"}
+    alone = row("harvest.tokens_per_second", 4e5, None, None, "tokens/s")
+    lines = table([found, alone]).splitlines()
+    assert lines[2] == "| sae_step.relu.8x.vs_peer | 30,000 | 6,000 | 5 (4.5 to 5.5) | activations/s | note |"
+    assert lines[3] == "| harvest.tokens_per_second | 400,000 | - | - | tokens/s |  |"
+
+
+def test_one_sentence_when_the_peers_cannot_be_installed(tmp_path, monkeypatch):
+    def fail(command: list[str], **_: object) -> None:
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(peers.subprocess, "run", fail)
+    python, why = peers.environment(tmp_path / "venv", tmp_path / "install.log", lambda _: None)
+    assert python is None
+    assert "could not be installed" in why and why.count(". ") == 0 and why.endswith(".") and "install.log" in why
+
+
+def test_an_environment_that_is_there_is_not_made_again(tmp_path, monkeypatch):
+    made: list[list[str]] = []
+
+    def make(command: list[str], **_: object) -> None:
+        made.append(command)
+        (tmp_path / "venv" / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "venv" / "bin" / "python").touch()
+
+    monkeypatch.setattr(peers.subprocess, "run", make)
+    monkeypatch.setattr(peers.os, "name", "posix")
+    for _ in range(2):
+        python, why = peers.environment(tmp_path / "venv", tmp_path / "install.log", lambda _: None)
+        assert python == str(tmp_path / "venv" / "bin" / "python") and not why
+    assert len(made) == 4  # environment, torch, peers, and the one whose requirements contradict
