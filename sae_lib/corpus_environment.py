@@ -145,17 +145,6 @@ def _source_maps(_part: Part, files: list[File], _seed: int) -> Iterator[tuple[s
                 yield text, f"{file.name}/{name}"
 
 
-_RECORD_LINE = re.compile(r"^(?!\.\.)[^,]+,sha256=[\w-]+,\d+$", re.MULTILINE)
-
-
-def _records(_part: Part, files: list[File], _seed: int) -> Iterator[tuple[str, str]]:
-    """File lists of distributions: path, hash, size. Lines that the installer added are left out: they differ by machine."""
-    for file in files:
-        lines = sorted(line for line in _RECORD_LINE.findall(file.read()) if ".dist-info" not in line)
-        for start in range(0, len(lines), 15):
-            yield "\n".join(lines[start:start + 15]), file.name
-
-
 def _locale(part: Part, _files: list[File], seed: int) -> Iterator[tuple[str, str]]:
     """Documents of CLDR phrases, without end; `part.files` is the locale."""
     for i in range(100_000):
@@ -207,7 +196,6 @@ RECIPE = (
     Part("hex",          0.0013, 1.1, _BINARY, _encoded, special=True),
     Part("dna",          0.0013, 2.2, "", _dna, special=True),
     Part("latex",        0.0012, 1.8, _PYTHON, _latex, special=True),
-    Part("records",      0.0022, 1.4, "*.dist-info/RECORD", _records, special=True),
     Part("svg",          0.0022, 1.1, "*.svg", _pieces, special=True),
     Part("csv",          0.0022, 1.1, "plotly/*.csv.gz", _pieces, special=True),
     Part("yaml",         0.0022, 3.0, "*.yaml *.yml", _pieces, special=True),

@@ -129,9 +129,11 @@ class LabelCorrelations:
         return torch.where(scale > 0, covariance / scale.clamp_min(1e-300), 0.0).float()
 
 
-def _units(model: Transformer, sae: SAE | None, batch: Text) -> Float[Tensor, "tokens n_units"]:
+def _units(model: Transformer, sae: SAE | None, batch: Text, chosen: Tensor | None = None) -> Float[Tensor, "tokens n_units"]:
     acts = mlp_activations(model, batch.contexts).flatten(0, 1)
-    return sae.encode(acts) if sae else acts
+    if sae:
+        return sae.encode(acts, chosen)
+    return acts if chosen is None else acts[:, chosen]
 
 
 @torch.no_grad()
@@ -166,7 +168,7 @@ def best_detectors(model: Transformer, sae: SAE | None, choose_on: Text, measure
     sums = torch.zeros(int(measure_on.documents.max()) + 1, 6, len(domains), dtype=torch.float64)
     for batch in _batches(measure_on, "best detectors"):
         documents = batch.documents.flatten()
-        part = pearson_sums(_units(model, sae, batch)[:, unit], batch.domains.flatten()[:, None] == wanted, documents)
+        part = pearson_sums(_units(model, sae, batch, unit), batch.domains.flatten()[:, None] == wanted, documents)
         sums.index_add_(0, documents.unique(), part)
     return Detectors(unit, sums[sums[:, 0, 0] > 0].numpy())
 

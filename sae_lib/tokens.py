@@ -104,8 +104,12 @@ def train_tokenizer(documents: Iterable[Document], config: TokenConfig) -> Token
 
 
 def _pieces(tokenizer: Tokenizer) -> Tokenizer:
-    """No token reaches over the ends of words; marks belong to the letters that carry them."""
-    words = Regex(r" ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}]+|\s+(?!\S)|\s+")
+    """No token reaches over the ends of words; marks belong to the letters that carry them.
+
+    A blank is joined to what follows unless that is a word in another script than Latin: most of the text is in Latin letters,
+    and the vocabulary would hold the pieces of all other words twice, with a blank, which is of no script, and without.
+    """
+    words = Regex(r" ?\p{Latin}[\p{Latin}\p{M}]*|[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split(words, "isolated")])
     return tokenizer

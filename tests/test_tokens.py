@@ -55,6 +55,14 @@ def test_every_digit_is_a_token():
     assert [tokenizer.decode([i]) for i in tokenizer.encode("gold 1234").ids][-4:] == ["1", "2", "3", "4"]
 
 
+def test_a_blank_is_joined_to_latin_words_and_not_to_others():
+    """A blank is of no script, and a token that begins with one would not be either."""
+    both = [Document("both", 20 * "\u05d6\u05d4\u05d1 gold " + document.text, document.source) for document in corpus()]
+    tokenizer = train_tokenizer(both, TokenConfig(vocab_size=335))
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode(" \u05d6\u05d4\u05d1 gold \u05d6\u05d4\u05d1").ids]
+    assert pieces == [" ", "\u05d6\u05d4\u05d1", " gold", " ", "\u05d6\u05d4\u05d1"]
+
+
 def test_the_tokenizer_is_the_same_every_time(tokenizer):
     assert train_tokenizer(iter(corpus()), CONFIG).to_str() == tokenizer.to_str()
 

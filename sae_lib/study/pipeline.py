@@ -82,7 +82,7 @@ class Study:
             tokens_module.train_tokenizer(self._documents(), self.profile.tokens).save(str(out / "tokenizer.json"))
 
         return self.store.stage("tokenizer", {"corpus": asdict(self.profile.corpus), "tokens": asdict(self.profile.tokens)}, make,
-                                fingerprint=self._fingerprint)
+                                fingerprint=self._fingerprint, version=2)
 
     @cached_property
     def tokens_artefact(self) -> Artefact:
@@ -92,7 +92,7 @@ class Study:
             tokens_module.tokenise(self._documents(), tokenizer, self.profile.tokens, out, budgets)
 
         return self.store.stage("tokens", {"corpus": asdict(self.profile.corpus), "tokens": asdict(self.profile.tokens)}, make,
-                                inputs=[self._tokenizer], fingerprint=self._fingerprint, reference=False)
+                                inputs=[self._tokenizer], fingerprint=self._fingerprint, reference=False, version=2)
 
     @cached_property
     def tokens(self) -> TokenData:

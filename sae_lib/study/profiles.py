@@ -55,7 +55,7 @@ WORKSHOP = Profile(
                                lr_decay=0.4, birth_density=0.005, resample_inputs=131_072),
     held_out_contexts=1536,
     scored_contexts=768,
-    scored_units=150,
+    scored_units=300,
     component_sample=32_768,
     bootstrap=1000,
 )
