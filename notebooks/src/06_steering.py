@@ -46,7 +46,7 @@ run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
 # **Claim.** Nobody has to choose: for each context we take the feature, and the neuron, whose activation correlates best with
 # the documents' labels on validation text.
 #
-# Their *maximum* is the greatest activation on the whole validation text. The last column is for later: by how much the L1
+# Their *maximum* is the greatest activation on all the training text of these contexts. The last column is for later: by how much the L1
 # penalty has shrunk the feature, as measured in notebook 03.
 
 # %% tags=["slow"]
@@ -54,7 +54,6 @@ model, sae = run.transformer("A").model, run.dictionary("A").model
 corrected = run.corrected_dictionary("A")
 validation, test = run.held_out("validation"), run.held_out("test", whole=True)
 table, domain = unit_table(run, "validation"), flat(validation.domains)
-everything = run.held_out("validation", whole=True).contexts
 
 # %%
 wanted = ["base64", "arabic", "hebrew", "russian", "greek", "chinese", "korean", "dna"]
@@ -74,7 +73,7 @@ def chosen(acts):
     return torch.cat([sae.encode(acts, f), acts[:, n]], dim=1)
 
 
-greatest = features.maxima(features.activation_table(model, everything, chosen))
+greatest = features.maxima(features.activation_table(model, run.contexts_with(names), chosen))
 units["feature_max"], units["neuron_max"] = greatest[:len(units)], greatest[len(units):]
 units["shrunk_by"] = (corrected.W_enc.norm(dim=0) / sae.W_enc.norm(dim=0))[f]
 units
@@ -105,7 +104,7 @@ assert torch.equal(effects.pin(sae, first, 0.0)(acts)[silent], acts[silent]), "a
 # neuron that is the best base64 detector at *its* maximum?
 
 # %% tags=["slow"]
-length, N_SAMPLES = min(60, run.profile.tokens.n_ctx - len(prompt)), 64
+length, N_SAMPLES = min(100, run.profile.tokens.n_ctx - len(prompt)), 64
 
 
 def edits(name, strength):

@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +107,12 @@ class Study:
     def contexts(self, split: str) -> Tensor:
         """All contexts of a split, int32 [n_contexts, n_ctx]."""
         return torch.from_numpy(self.tokens.contexts(split).astype(np.int32))
+
+    def contexts_with(self, domains: Sequence[str]) -> Tensor:
+        """The contexts of the training text that hold text of any of these domains."""
+        contexts, wanted = self.contexts("train"), [self.tokens.domains.index(name) for name in domains]
+        per_token = self.tokens.domain_of_token("train")[:contexts.numel()].reshape(contexts.shape)
+        return contexts[torch.from_numpy(np.isin(per_token, wanted).any(1))]
 
     @cached_property
     def special_contexts(self) -> list[str]:

@@ -23,7 +23,7 @@ from sae_lib.transformer import sample
 REPLICAS = ("B", "C")
 CONTEXTS = ("arabic", "hebrew", "dna", "base64")
 PINNED = ("arabic", "base64")
-N_SAMPLES, LENGTH = 64, 60
+N_SAMPLES, LENGTH = 64, 100
 NEURON_TOKENS = 131_072  # on which neurons are compared: they fire on a third of all
 ROWS = ("02.superposition.contexts", "03.loss_recovered", "03.l0", "03.dead_fraction",
         *(f"04.pearson.{name}.{kind}" for name in CONTEXTS for kind in ("feature", "neuron")),
@@ -66,14 +66,14 @@ def _correlations(study: Study, which: str) -> dict[str, float]:
 def _steering(study: Study, which: str) -> dict[str, float]:
     """Share of sampled characters in a context, its best feature by label pinned at its greatest activation."""
     model, sae = study.transformer(which).model, study.dictionary(which).model
-    validation, whole = study.held_out("validation"), study.held_out("validation", whole=True)
+    validation, seen = study.held_out("validation"), study.contexts_with(PINNED)
     table, values = unit_table(study, "validation", on=which), {}
     prompt = torch.tensor(study.tokens.tokenizer.encode("1,2,3,4,5,6,7,8,9,10").ids)
     length = min(LENGTH, study.profile.tokens.n_ctx - len(prompt))
     for name in PINNED:
         unit = features.best_unit(table, panels.label(study, name, validation)).unit
-        on_whole = features.activation_table(model, whole.contexts, lambda acts, unit=unit: sae.encode(acts, [unit]))
-        edit = effects.pin(sae, unit, float(on_whole.max()))
+        on_seen = features.activation_table(model, seen, lambda acts, unit=unit: sae.encode(acts, [unit]))
+        edit = effects.pin(sae, unit, float(on_seen.max()))
         written = sample(model, prompt, length, study.seed, n_samples=N_SAMPLES, edit=edit)[:, len(prompt):]
         texts = [as_bytes(row, study.vocabulary) for row in written]
         values[f"06.pin.{name}.share"] = effects.character_share(texts, effects.CONTEXTS[name], seed=study.seed, n_boot=2).value
