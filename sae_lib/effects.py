@@ -215,6 +215,22 @@ space of the base64 alphabet, with at least one capital, one small letter and on
 16 or more bases, all capitals or all small."""
 
 
+def in_characters(contexts: Int[Tensor, "n_contexts n_ctx"], vocabulary: Vocabulary,
+                  is_context: CharacterTest) -> Bool[np.ndarray, "n_contexts n_ctx"]:
+    """Whether at least half of the bytes of each token are of characters that are in a context.
+
+    No string of characters reaches over an end-of-text, or from one row of `contexts` to the next.
+    """
+    pieces = [token or b"\n" for token in vocabulary] + [b"\n"]
+    stream = np.pad(contexts.numpy().astype(np.int64), ((0, 0), (0, 1)), constant_values=len(vocabulary)).ravel()
+    text = b"".join(pieces[t] for t in stream).decode("utf-8", errors="surrogateescape")  # each stray byte is a character
+    codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+    n_bytes = np.where((codes >= 0xDC80) & (codes <= 0xDCFF), 1, 1 + np.searchsorted([0x80, 0x800, 0x10000], codes, "right"))
+    size = np.array([len(piece) for piece in pieces])[stream]
+    part = np.add.reduceat(np.repeat(is_context(text), n_bytes), np.cumsum(size) - size, dtype=np.int64)
+    return (2 * part >= size).reshape(len(contexts), -1)[:, :-1]
+
+
 def character_share(texts: list[bytes], is_context: CharacterTest, **draws: int) -> Interval:
     """Share of all sampled characters that are in a context, with a bootstrap over samples.
 

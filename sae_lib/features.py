@@ -57,6 +57,11 @@ def activation_table(model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx
     return csc_array((values, (tokens, units)), shape=(contexts.numel(), n_units))
 
 
+def neurons(acts: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_mlp"]:
+    """The `encode` of the neurons themselves."""
+    return acts
+
+
 class Column(NamedTuple):
     """One unit: the tokens it is active on, in order, and its activations there."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_lib.compare import check_same_tokens, column_sums, live_units
 from sae_lib.errors import StudyError
+from sae_lib.features import maxima
 from sae_lib.metrics import Interval, bootstrap_interval
 from sae_lib.seeds import numpy_generator
 
@@ -64,6 +65,17 @@ def nearest_cosine(decoder: Float[Tensor, "n d_in"], chunk: int = 1024) -> Float
 # --- features of a context -------------------------------------------------------------------------------------------
 
 
+def strong(table: csc_array, above: float = 0.5) -> csc_array:
+    """A unit table of the strong activations only: those of more than `above` of their unit's maximum.
+
+    Weak activations are many, and say less about a unit than the strong ones, which a reader of its examples looks at.
+    """
+    unit = _unit_of_entry(table)
+    kept = table.data > above * maxima(table)[unit]
+    ends = np.append(0, np.cumsum(np.bincount(unit[kept], minlength=table.shape[1])))
+    return csc_array((table.data[kept], table.indices[kept], ends), shape=table.shape)
+
+
 def units_of_context(table: csc_array, is_context: Bool[np.ndarray, " n_tokens"], share: float = 0.5,
                      min_inside: int = 20) -> Int[np.ndarray, " found"]:
     """Units that are specific to a context: at least `share` of the tokens they fire on are in it, and `min_inside` or more.
@@ -81,23 +93,24 @@ def tokens_inside(table: csc_array, is_context: Bool[np.ndarray, " n_tokens"]) -
 
 
 def count_of_context(table: csc_array, units: Int[np.ndarray, " chosen"], is_context: Bool[np.ndarray, " n_tokens"],
-                     documents: Int[np.ndarray, " n_tokens"], share: float = 0.5, **draws: int) -> Interval:
-    """How many of the chosen units have at least `share` of the tokens they fire on in a context, on text that did not choose
-    them; a bootstrap over documents (`draws`: its seed and n_boot). A unit that does not fire is not counted.
+                     documents: Int[np.ndarray, " n_tokens"], share: float = 0.5,
+                     **draws: int) -> tuple[Interval, Bool[np.ndarray, " chosen"]]:
+    """How many of the chosen units, and which, have at least `share` of the tokens they fire on in a context, on text that did
+    not choose them; a bootstrap over documents (`draws`: its seed and n_boot). A unit that does not fire is not counted.
     """
     if not len(units):
-        return Interval(0.0, 0.0, 0.0)
+        return Interval(0.0, 0.0, 0.0), np.zeros(0, dtype=bool)
     names, index = np.unique(documents, return_inverse=True)
     members = csc_array((np.ones(len(index)), index, np.arange(len(index) + 1)), shape=(len(names), len(index)))
     fires = table[:, units]
     fires = csc_array((np.ones(fires.nnz), fires.indices, fires.indptr), shape=fires.shape)
     sums = np.concatenate([(members @ part).toarray() for part in (fires.multiply(is_context[:, None]), fires)], axis=1)
 
-    def count(totals: np.ndarray) -> np.ndarray | np.integer:
+    def counted(totals: np.ndarray) -> np.ndarray:
         inside, fired = np.split(totals, 2, axis=-1)
-        return ((fired > 0) & (inside >= share * fired)).sum(-1)
+        return (fired > 0) & (inside >= share * fired)
 
-    return bootstrap_interval(sums, count, **draws)
+    return bootstrap_interval(sums, lambda totals: counted(totals).sum(-1), **draws), counted(sums.sum(0))
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -129,14 +142,14 @@ def masked_cosine(a: csc_array, b: csc_array, threshold: float = 0.4, min_fired:
     return vstack(blocks, format="csr")
 
 
-def links_by_luck(a: csc_array, b: csc_array, n_ctx: int, threshold: float = 0.4, min_fired: int = 10) -> int:
-    """How many links `masked_cosine` finds when `b` reads another half of the text than `a`.
+def links_by_luck(a: csc_array, b: csc_array, n_ctx: int, threshold: float = 0.4, min_fired: int = 10) -> csr_array:
+    """The links that `masked_cosine` finds when `b` reads another half of the text than `a`.
 
     Contexts of `n_ctx` tokens of one table are moved on by half the text, so that whatever fires together does so by chance.
     """
     n_contexts = b.shape[0] // n_ctx
     moved = np.roll(np.arange(b.shape[0]), n_contexts // 2 * n_ctx)
-    return masked_cosine(a, b.tocsr()[moved].tocsc(), threshold, min_fired).nnz
+    return masked_cosine(a, b.tocsr()[moved].tocsc(), threshold, min_fired)
 
 
 def splits(links: Sequence[csr_array], unit: int) -> pd.DataFrame:

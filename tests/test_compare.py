@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse import csc_array
+from texts import planted, table
 
 from sae_lib.compare import (
     live_units,
@@ -15,16 +15,6 @@ from sae_lib.compare import (
 )
 from sae_lib.errors import StudyError
 
-
-def table(dense) -> csc_array:
-    return csc_array(np.asarray(dense, dtype=np.float32))
-
-
-def planted(n_tokens=400, n_units=6, density=0.2, seed=0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return (rng.random((n_tokens, n_units)) * (rng.random((n_tokens, n_units)) < density)).astype(np.float32)
-
-
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 def test_live_units_are_those_that_fire_often_enough():
@@ -34,6 +24,7 @@ def test_live_units_are_those_that_fire_often_enough():
     assert live_units(table(dense), 9).tolist() == [False, True, True]
 
 
+@settings(deadline=None)  # the first call may compile
 @given(st.integers(0, 1000))
 def test_selected_tokens_are_the_rows_of_the_dense_table(seed):
     dense, keep = planted(30, 4, seed=seed), np.random.default_rng(seed).random(30) < 0.5

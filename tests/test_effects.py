@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csc_array
+from texts import scrambled
 
 from sae_lib import effects
 from sae_lib.effects import (
@@ -15,6 +17,7 @@ from sae_lib.effects import (
     attribution,
     character_share,
     fluency,
+    in_characters,
     inside,
     logit_weights,
     mean_effect,
@@ -25,23 +28,14 @@ from sae_lib.effects import (
 from sae_lib.errors import StudyError
 from sae_lib.sae import SAE, SAEConfig
 from sae_lib.seeds import generator
-from sae_lib.transformer import TransformerConfig, build, mlp_activations, parameters
+from sae_lib.transformer import TransformerConfig, mlp_activations, parameters
 
 TINY = TransformerConfig(n_tokens=1, d_vocab=50, n_ctx=16, d_model=16, n_heads=2, d_mlp=24)
 
 
-def scrambled(n_layers=1):
-    """A model whose biases and norms are not at their initial 0 and 1, which would hide mistakes."""
-    model, rng = build(TransformerConfig(**{**vars(TINY), "n_layers": n_layers})), generator(0, "test-model")
-    with torch.no_grad():
-        for value in parameters(model).values():
-            value.add_(0.3 * torch.randn(value.shape, generator=rng))
-    return model.requires_grad_(False)
-
-
 @pytest.fixture
 def model():
-    return scrambled()
+    return scrambled(TINY)
 
 
 @pytest.fixture
@@ -57,7 +51,7 @@ def tokens(n, length=16):
 
 def test_logit_weights_equal_the_formula_written_out():
     for n_layers in (1, 2):
-        model = scrambled(n_layers)
+        model = scrambled(replace(TINY, n_layers=n_layers))
         p, directions = parameters(model), torch.randn(3, 24, generator=generator(0, "test"))
         w_down, scale, unembed = p[f"layers.{n_layers - 1}.mlp.fc_out.weight"], p["ln_out.weight"], p["head.weight"]
         expected = torch.zeros(3, 50)
@@ -186,7 +180,7 @@ def test_units_that_do_not_exist_are_refused(sae):
 
 @pytest.mark.parametrize("n_layers", [1, 2])
 def test_ablation_effects_equal_hooks_on_the_bridge(n_layers, sae):
-    model, text = scrambled(n_layers), tokens(70)  # more than one batch
+    model, text = scrambled(replace(TINY, n_layers=n_layers)), tokens(70)  # more than one batch
     for edit in (pin(sae, 3, 0.0), pin_neuron(5, 0.0), add(torch.ones(24), 0.5)):
         name = f"blocks.{n_layers - 1}.mlp.hook_post"
         hooked = model.run_with_hooks(text, fwd_hooks=[(name, lambda acts, hook, edit=edit: edit(acts))])
@@ -269,6 +263,16 @@ def test_character_shares_by_hand():
     for too_few in ([b"a"], [b"a", b""], []):
         with pytest.raises(StudyError, match="at least two samples"):
             character_share(too_few, letters)
+
+
+def test_tokens_in_characters_of_a_context_by_hand():
+    vocabulary = [b"", b"ab", b"x", "é".encode()[:1], "é".encode()[1:], b"xa", "€xx".encode(), "😀".encode()]
+    contexts = torch.tensor([[1, 2, 0, 3, 4, 5], [3, 1, 4, 6, 7, 2]], dtype=torch.int32)
+    # "xa" is half inside; a letter cut in two is in if its other half is there; of "€xx" three bytes of five are the sign.
+    assert in_characters(contexts, vocabulary, inside("[abé€😀]")).tolist() == [
+        [True, False, False, True, True, True], [False, True, False, True, True, False]]
+    runs = in_characters(torch.tensor([[1, 1, 0, 1, 2, 1], [1, 0, 1, 2, 1, 1]]), vocabulary, inside("(?:ab){2}"))
+    assert runs.tolist() == [[True, True, False, False, False, False], [False, False, False, False, True, True]]
 
 
 def test_character_shares_have_an_interval_over_samples():

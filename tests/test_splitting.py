@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.sparse import csc_array, csr_array
+from scipy.sparse import csr_array
+from texts import planted, table
 
 from sae_lib.errors import StudyError
 from sae_lib.splitting import (
@@ -17,19 +18,10 @@ from sae_lib.splitting import (
     mixed_clusters,
     nearest_cosine,
     splits,
+    strong,
     tokens_inside,
     units_of_context,
 )
-
-
-def table(dense) -> csc_array:
-    return csc_array(np.asarray(dense, dtype=np.float32))
-
-
-def planted(n_tokens=400, n_units=6, density=0.2, seed=0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return (rng.random((n_tokens, n_units)) * (rng.random((n_tokens, n_units)) < density)).astype(np.float32)
-
 
 # --- alive -----------------------------------------------------------------------------------------------------------
 
@@ -64,17 +56,29 @@ def test_units_of_a_context_by_hand():
     assert units_of_context(table(dense), is_context, share=0.9, min_inside=10).tolist() == [0, 3]
 
 
+def test_strong_activations_are_above_a_share_of_their_units_maximum():
+    dense = np.array([[4, 0, 1], [2, 0, 1], [3, 0, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(strong(table(dense)).toarray(), [[4, 0, 1], [0, 0, 1], [3, 0, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(strong(table(dense), 0.75).toarray(), [[4, 0, 1], [0, 0, 1], [0, 0, 0], [0, 0, 1]])
+    assert strong(table(dense), 0.2).nnz == table(dense).nnz
+    is_context = np.array([True, False, False, True])
+    assert units_of_context(table(dense), is_context, min_inside=1).tolist() == [2]
+    assert units_of_context(strong(table(dense)), is_context, min_inside=1).tolist() == [0, 2]
+
+
 def test_units_are_counted_on_other_text_with_an_interval_over_documents():
     documents, is_context = np.repeat(np.arange(10), 10), np.arange(100) % 10 < 5
     dense = np.zeros((100, 4))
     dense[is_context, 0] = 1  # in every document alike: certain
     dense[~is_context, 1] = 1
     dense[:5, 2], dense[15:20, 2] = 1, 1  # inside in document 0, as often outside in document 1: half, but which are drawn?
-    found = count_of_context(table(dense), np.array([0, 1, 2, 3]), is_context, documents, n_boot=200)
+    count = lambda units, **rule: count_of_context(table(dense), np.array(units, dtype=int), is_context, documents, **rule)
+    found, counted = count([0, 1, 2, 3], n_boot=200)
     assert found == (2.0, 1.0, 2.0)
-    assert count_of_context(table(dense), np.array([0]), is_context, documents, n_boot=50) == (1.0, 1.0, 1.0)
-    assert count_of_context(table(dense), np.array([0, 1]), is_context, documents, share=0.0, n_boot=50) == (2.0, 2.0, 2.0)
-    assert count_of_context(table(dense), np.array([], dtype=int), is_context, documents) == (0.0, 0.0, 0.0)
+    assert counted.tolist() == [True, False, True, False]
+    assert count([0], n_boot=50)[0] == (1.0, 1.0, 1.0)
+    assert count([0, 1], share=0.0, n_boot=50)[0] == (2.0, 2.0, 2.0)
+    assert count([])[0] == (0.0, 0.0, 0.0) and not len(count([])[1])
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -87,9 +91,9 @@ def test_what_fires_together_does_not_on_other_text():
     dense[30:40, 2] = 1  # half of the text away from the end: this one meets itself
     a = table(dense)
     assert masked_cosine(a, a).nnz == 3
-    assert links_by_luck(a, a, n_ctx=10) == 1
-    assert links_by_luck(a, a, n_ctx=10, min_fired=11) == 1
-    assert links_by_luck(a, a, n_ctx=10, min_fired=31) == 0
+    np.testing.assert_allclose(links_by_luck(a, a, n_ctx=10).toarray(), np.diag([0, 0, (2 / 3) ** 0.5]))
+    assert links_by_luck(a, a, n_ctx=10, min_fired=11).nnz == 1
+    assert links_by_luck(a, a, n_ctx=10, min_fired=31).nnz == 0
 
 
 def test_masked_cosine_by_hand():

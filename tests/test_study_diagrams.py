@@ -12,6 +12,7 @@ RATES = {"automaton": "a & b", "stay": 0.6, "low": 0.5, "high": 0.8, "control": 
 def test_tokens_of_a_label_are_escaped_and_cut_to_the_width():
     tokens = [b"<b>", b"&", b"\xd8", "س".encode()]
     assert token_list(tokens) == "\u2068'&lt;b&gt;'\u2069 \u2068'&amp;'\u2069 \u2068b'\\xd8'\u2069 \u2068'س'\u2069"
+    assert token_list([b"$x$"]) == "\u2068'&#36;x&#36;'\u2069"
     assert token_list(tokens, width=10) == token_list(tokens[:2])
     assert token_list([b"a long one"], width=3) == "\u2068'a long one'\u2069"
 

@@ -66,3 +66,16 @@ def test_the_correlation_figure_marks_the_papers_number_only_where_there_is_one(
     fig = panels.correlation_figure(pd.DataFrame(rows))
     assert [trace.name for trace in fig.data] == ["feature", "feature in the paper", "neuron"]
     np.testing.assert_allclose(fig.data[0].error_x.array, [0.2, 0.2])
+    assert fig.layout.yaxis.categoryarray == ("label", "proxy")  # and no row for what is not known of DNA
+
+
+def test_the_ablation_figure_has_an_axis_for_each_context_and_hides_no_marker():
+    rows = [{"context": context, "unit": unit, "tokens": tokens, "value": -value, "low": -2 * value, "high": 0.0}
+            for context in ("dna", "arabic", "hex") for unit, value in (("feature", 5.0), ("neuron", 0.1))
+            for tokens in ("of the context", "other")]
+    fig = panels.ablation_figure(pd.DataFrame(rows))
+    assert [trace.xaxis for trace in fig.data] == ["x", "x", "x2", "x2", "x3", "x3"]
+    own, other = fig.data[:2]
+    assert own.x.tolist() == [-5, -0.1] and own.error_x.arrayminus.tolist() == [5, 0.1]
+    assert list(fig.layout.yaxis.ticktext) == ["neuron", "feature"]
+    assert [round(place) for place in own.y] == [1, 0] and not set(own.y) & set(other.y)

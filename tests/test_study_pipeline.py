@@ -2,39 +2,22 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from texts import tiny_study
 
 from sae_lib.errors import StudyError
 from sae_lib.evaluate import held_out_pass
 from sae_lib.study import pipeline, replicas
-from sae_lib.study.profiles import PROFILES, SMOKE
+from sae_lib.study.profiles import SMOKE
 from sae_lib.transformer import parameters
-
-WORDS = {"letters": "alpha beta gamma delta epsilon zeta eta theta", "numbers": "one two three four five six seven eight"}
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    for domain, words in WORDS.items():
-        (tmp_path / "text" / domain).mkdir(parents=True)
-        for i in range(12):
-            (tmp_path / "text" / domain / f"{i}.txt").write_text(" ".join(rng.choice(words.split(), 400)))
     train = replace(SMOKE.dictionary, n_activations=2560, batch_size=128, resample_inputs=256)
-    tiny = replace(
-        SMOKE, name="tiny", corpus=replace(SMOKE.corpus, source=f"files:{tmp_path / 'text'}", target_tokens=8_000),
-        tokens=replace(SMOKE.tokens, vocab_size=290, n_ctx=32, validation_fraction=0.1, test_fraction=0.1),
-        transformer=replace(SMOKE.transformer, n_tokens=8_000, d_vocab=290, n_ctx=32, d_model=16, d_mlp=32, batch_contexts=8),
-        stream=replace(SMOKE.stream, tokens_per_context=31), dictionary=train, sweep=replace(train, l1_coefficient=1.0),
-        sweep_l1=(1.0, 3.0),
-        held_out_contexts=40, bootstrap=20, correction_activations=512)
-    monkeypatch.setitem(PROFILES, "tiny", tiny)
-    monkeypatch.setenv("SAE_ROOT", str(tmp_path))
-    monkeypatch.setenv("SAE_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("SAE_FIGURES", str(tmp_path / "figures"))
-    return lambda mode="auto": pipeline.Study("tiny", artefacts=mode)
+    return tiny_study(tmp_path, monkeypatch, n_ctx=32, dictionary=train, sweep=replace(train, l1_coefficient=1.0),
+                      sweep_l1=(1.0, 3.0), correction_activations=512)
 
 
 def test_everything_is_made_once_and_loaded_after(study):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from texts import scrambled
 
 from sae_lib.errors import StudyError
 from sae_lib.pretrain import learning_rate, loss_gradients, train_transformer, unembed_gradients
@@ -24,17 +25,8 @@ TINY = TransformerConfig(n_tokens=32 * 4 * 12, d_vocab=50, n_ctx=32, d_model=16,
 
 def contexts(n=40, config=TINY):
     """Text that can be learned: each token is followed by its successor."""
-    start = torch.randint(0, config.d_vocab, (n, 1))
+    start = torch.randint(0, config.d_vocab, (n, 1), generator=generator(0, "test-contexts"))
     return ((start + torch.arange(config.n_ctx)) % config.d_vocab).int()
-
-
-def scrambled(config=TINY):
-    """A model whose biases and norms are not at their initial 0 and 1, which would hide mistakes."""
-    model = build(config)
-    with torch.no_grad():
-        for value in parameters(model).values():
-            value.add_(0.3 * torch.randn_like(value))
-    return model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
@@ -48,7 +40,7 @@ def test_the_short_forward_pass_equals_the_bridge(n_layers):
 
 
 def test_edits_equal_hooks_on_the_bridge():
-    model, tokens = scrambled(), contexts(3).long()
+    model, tokens = scrambled(TINY), contexts(3).long()
     edit = lambda acts: acts * 0.5 + 1
     with model.hooks(fwd_hooks=[(TINY.hook_name, lambda acts, hook: edit(acts))]):
         expected = model(tokens, return_type="loss")
@@ -58,15 +50,16 @@ def test_edits_equal_hooks_on_the_bridge():
 
 
 def test_kept_positions_are_gathered():
-    model, tokens = scrambled(), contexts(2).long()
+    model, tokens = scrambled(TINY), contexts(2).long()
     keep = torch.tensor([[3, 0], [31, 7]])
     everything = mlp_activations(model, tokens)
     torch.testing.assert_close(mlp_activations(model, tokens, keep), torch.stack([everything[0, [3, 0]], everything[1, [31, 7]]]))
 
 
 def test_cross_entropy_and_its_gradients_equal_autograd():
-    x, weight = torch.randn(1500, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    targets = torch.randint(0, 50, (1500,))
+    rng = generator(0, "test-cross-entropy")
+    x, weight = (torch.randn(n, 8, generator=rng).requires_grad_() for n in (1500, 50))
+    targets = torch.randint(0, 50, (1500,), generator=rng)
     loss, *ours = unembed_gradients(x.detach(), weight.detach(), targets)
     expected = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum")
     theirs = torch.autograd.grad(expected, (x, weight))
@@ -89,7 +82,7 @@ def test_loss_and_gradients_equal_the_bridge_in_float32_and_nearly_so_in_bfloat1
 
 
 def test_gradients_do_not_depend_on_the_number_of_threads():
-    model, tokens, threads = scrambled(), contexts(16).long(), torch.get_num_threads()
+    model, tokens, threads = scrambled(TINY), contexts(16).long(), torch.get_num_threads()
     found = []
     try:
         for n in (1, 2):
@@ -148,7 +141,7 @@ def test_too_little_text_is_refused():
 
 
 def test_the_random_control_has_the_same_entries_in_another_order():
-    model = scrambled()
+    model = scrambled(TINY)
     control, again = shuffle_weights(model, TINY, seed=0), shuffle_weights(model, TINY, seed=0)
     for name, value in parameters(model).items():
         shuffled = parameters(control)[name]
@@ -165,7 +158,7 @@ def test_ngram_losses_by_hand():
 
 
 def test_samples_repeat_continue_the_prompt_and_fit_the_context():
-    model, prompt = scrambled(), torch.tensor([1, 2, 3])
+    model, prompt = scrambled(TINY), torch.tensor([1, 2, 3])
     a, b, c = (sample(model, prompt, 10, seed, n_samples=2) for seed in (0, 0, 1))
     assert a.shape == (2, 13)
     assert a[:, :3].tolist() == [[1, 2, 3]] * 2
@@ -189,14 +182,14 @@ def test_samples_equal_a_plain_loop_that_computes_everything_anew(n_layers, edit
 
 
 def test_an_edit_changes_what_is_sampled_and_sees_the_last_position_alone():
-    model, prompt, seen = scrambled(), torch.tensor([1, 2, 3]), []
+    model, prompt, seen = scrambled(TINY), torch.tensor([1, 2, 3]), []
     edited = sample(model, prompt, 10, 0, n_samples=2, edit=lambda acts: seen.append(acts.shape) or 5 - acts)
     assert set(seen) == {(2, 1, TINY.d_mlp)}
     assert not torch.equal(edited, sample(model, prompt, 10, 0, n_samples=2))
 
 
 def test_files_round_trip_and_broken_ones_are_refused(tmp_path):
-    model, path = scrambled(), tmp_path / "model.safetensors"
+    model, path = scrambled(TINY), tmp_path / "model.safetensors"
     save_transformer(model, path)
     for name, value in parameters(load_transformer(path, TINY)).items():
         assert torch.equal(value, parameters(model)[name])

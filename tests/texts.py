@@ -1,10 +1,18 @@
-"""Small texts and unit tables that several tests are written with."""
+"""Small texts, unit tables, models and studies that several tests are written with."""
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 from scipy.sparse import csc_array
 
 from sae_lib.evaluate import Text
+from sae_lib.seeds import generator
+from sae_lib.study import pipeline
+from sae_lib.study.profiles import PROFILES, SMOKE
+from sae_lib.transformer import Transformer, TransformerConfig, build, parameters
+
+WORDS = {"letters": "alpha beta gamma delta epsilon zeta eta theta", "numbers": "one two three four five six seven eight"}
 
 
 def make_text(contexts, documents=None) -> Text:
@@ -18,3 +26,42 @@ def make_text(contexts, documents=None) -> Text:
 def one_hot_table(text: Text, d_vocab: int) -> csc_array:
     """Unit t fires on token t alone."""
     return csc_array(np.eye(d_vocab, dtype=np.float32)[text.contexts.flatten()])
+
+
+def table(dense) -> csc_array:
+    """A unit table, from all activations [n_tokens, n_units]."""
+    return csc_array(np.asarray(dense, dtype=np.float32))
+
+
+def planted(n_tokens=400, n_units=6, density=0.2, seed=0) -> np.ndarray:
+    """Activations of units that fire at random."""
+    rng = np.random.default_rng(seed)
+    return (rng.random((n_tokens, n_units)) * (rng.random((n_tokens, n_units)) < density)).astype(np.float32)
+
+
+def scrambled(config: TransformerConfig) -> Transformer:
+    """A model whose biases and norms are not at their initial 0 and 1, which would hide mistakes."""
+    model, rng = build(config), generator(0, "test-model")
+    with torch.no_grad():
+        for value in parameters(model).values():
+            value.add_(0.3 * torch.randn(value.shape, generator=rng))
+    return model.requires_grad_(False)
+
+
+def tiny_study(tmp_path, monkeypatch, n_ctx, **profile):
+    """Gives studies (by their mode of artefacts) of a profile of seconds, with a small folder of text for its corpus."""
+    rng = np.random.default_rng(0)
+    for domain, words in WORDS.items():
+        (tmp_path / "text" / domain).mkdir(parents=True)
+        for i in range(12):
+            (tmp_path / "text" / domain / f"{i}.txt").write_text(" ".join(rng.choice(words.split(), 400)))
+    tiny = replace(
+        SMOKE, name="tiny", corpus=replace(SMOKE.corpus, source=f"files:{tmp_path / 'text'}", target_tokens=8_000),
+        tokens=replace(SMOKE.tokens, vocab_size=290, n_ctx=n_ctx, validation_fraction=0.1, test_fraction=0.1),
+        transformer=replace(SMOKE.transformer, n_tokens=8_000, d_vocab=290, n_ctx=n_ctx, d_model=16, d_mlp=32, batch_contexts=8),
+        stream=replace(SMOKE.stream, tokens_per_context=n_ctx - 1), held_out_contexts=40, bootstrap=20, **profile)
+    monkeypatch.setitem(PROFILES, "tiny", tiny)
+    monkeypatch.setenv("SAE_ROOT", str(tmp_path))
+    monkeypatch.setenv("SAE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("SAE_FIGURES", str(tmp_path / "figures"))
+    return lambda mode="auto": pipeline.Study("tiny", artefacts=mode)

@@ -58,11 +58,12 @@ print(f"{table.tokens.sum():,} tokens in {table.documents.sum():,} documents; {l
 table.sort_values("share", ascending=False)
 
 # %%
-fig = px.bar(table.sort_values("share"), x="share", y="domain", color="special", orientation="h", log_x=True, height=900,
-             labels={"share": "share of tokens", "domain": "", "special": "special context"})
-fig.update_yaxes(dtick=1)
+fig = px.scatter(table.sort_values("share"), x="share", y="domain", color="special", symbol="special", log_x=True, height=900,
+                 labels={"share": "share of tokens", "domain": "", "special": "special context"})
+fig.update_traces(marker_size=9).update_yaxes(dtick=1, categoryorder="array", categoryarray=table.sort_values("share").domain)
+fig.update_xaxes(dtick=1, tickformat="~%", minor=dict(dtick="D1", showgrid=True, gridcolor="#F2F2F2"))
 study.show(fig, "02-corpus", claim=f"{len(rare)} special contexts, each {rare.min():.2%} to {rare.max():.2%} of the tokens",
-           alt=f"Bars of the share of tokens of {len(table)} text domains on a logarithmic axis. The {len(rare)} special contexts, "
+           alt=f"Markers of the share of tokens of {len(table)} text domains on a logarithmic axis. The {len(rare)} special contexts, "
                f"scripts, languages and encodings, lie between {rare.min():.2%} and {rare.max():.2%}.")
 
 # %% [markdown]
@@ -182,7 +183,7 @@ study.show(fig, "02-best-neurons", claim=f"The median special context's best neu
 shown = list(dict.fromkeys(detectors.sort_values("pearson", ascending=False).unit))[:15]
 correlations = label_correlations(twins["A"].model, None, test, len(run.tokens.domains))
 matrix = correlations[shown][:, labels].clamp(min=0)
-fig = px.imshow(matrix.numpy(), x=names, y=[f"neuron {n}" for n in shown], zmin=0, zmax=0.6, aspect="auto", height=620,
+fig = px.imshow(matrix.numpy(), x=names, y=[f"neuron {n}" for n in shown], zmin=0, zmax=max(0.1, float(matrix.max())), aspect="auto", height=620,
                 color_continuous_scale="Viridis", labels={"color": "Pearson", "x": "special context", "y": ""})
 fig.update_xaxes(dtick=1, tickangle=60)
 shared = int(((matrix > 0.1).sum(1) > 1).sum())

@@ -339,13 +339,9 @@ for name in CONTEXTS:
 ablation = pd.DataFrame(rows)
 
 # %%
-shown = ablation.dropna(subset="value").assign(up=lambda t: t.high - t.value, down=lambda t: t.value - t.low)
-fig = px.scatter(shown, x="value", y="context", color="unit", symbol="unit", facet_col="tokens", error_x="up", error_x_minus="down",
-                 labels={"value": "change of log-likelihood (nats)", "context": ""}, height=420, width=1000)
-fig.update_traces(marker_size=11).for_each_annotation(lambda note: note.update(text=note.text.replace("=", ": ")))
 cost = ablation[ablation.unit == "feature"].pivot_table(index="context", columns="tokens", values="value", sort=False)
 hits = int((cost["of the context"] < -10 * cost["other"].abs()).sum())
-study.show(fig, "04-ablation", claim=f"In {hits} of {len(CONTEXTS)} contexts, ablating the feature costs its own tokens ten times what it does to others",
+study.show(panels.ablation_figure(ablation), "04-ablation", claim=f"In {hits} of {len(CONTEXTS)} contexts, ablating the feature costs its own tokens ten times what it does to others",
            alt="Mean change of the log-likelihood of a token, of the context and others, when the feature, the best neuron or the largest-weight "
                "neuron is ablated. Feature, own tokens: " + "; ".join(f"{n} {v:+.2f} nats" for n, v in cost.iloc[:, 0].items()) + ".")
 
@@ -369,8 +365,11 @@ for name in CONTEXTS:
 pd.DataFrame(rows)
 
 # %%
-two = {f"{name}<br>{'best' if kind == 'neuron' else 'largest'} {n}": (name, "neuron", n)
-       for name in CONTEXTS for kind in ("neuron", "largest-weight neuron") for n in [chosen[kind][name]]}
+two = {}
+for name in CONTEXTS:
+    best, largest = chosen.loc[name, ["neuron", "largest-weight neuron"]]
+    captions = {"best": best, "largest": largest} if best != largest else {"best, largest": best}
+    two |= {f"{name}<br>{caption} {n}": (name, "neuron", n) for caption, n in captions.items()}
 fig, mixed = draw(two)
 study.show(fig, "04-neurons", claim=f"{mixed.min():.0%} to {mixed.max():.0%} of the activation of these {len(mixed)} neurons is in the contexts",
            alt="The same three panels for the neuron that follows each context best and for the neuron with the largest weight in its feature. " + in_words(mixed))
@@ -425,7 +424,8 @@ pairs.round(2)
 
 # %%
 long = pairs.rename(columns={"value": "activations"}).melt("context", ["activations", "in the paper", "logit weights"], "of", "correlation")
-fig = px.scatter(long, x="correlation", y="context", color="of", symbol="of", labels={"context": "", "of": ""}, height=380)
+fig = px.scatter(long, x="correlation", y="context", color="of", symbol="of", labels={"context": "", "of": ""}, height=380,
+                 symbol_sequence=["circle", "diamond-open", "square-open"])
 fig.update_traces(marker_size=12).update_xaxes(range=[min(0, 1.1 * long.correlation.min()), 1])
 study.show(fig, "04-twins", claim=f"The four features correlate {pairs.value.min():.2f} to {pairs.value.max():.2f} with their twins in transformer B",
            alt="Correlation of each feature with its twin in B, by activation on test text beside the paper's number, and by logit weights: "

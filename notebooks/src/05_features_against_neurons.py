@@ -267,7 +267,7 @@ single = pd.DataFrame(rows, columns=["kind", "value", "low", "high"])
 fig = px.scatter(single, x="value", y="kind", error_x=single.high - single.value, error_x_minus=single.value - single.low, height=380,
                  labels={"value": "share of living units that are single-token units", "kind": ""})
 fig.update_yaxes(autorange="reversed")
-fig.update_traces(marker_size=11).update_xaxes(range=[-0.02, 1], tickformat=".0%").add_vline(x=0.57, line_dash="dot", annotation_text="the paper's A/1")
+fig.update_traces(marker_size=11).update_xaxes(range=[-0.02, 1], tickformat=".0%").add_vline(x=0.57, line_dash="dot", annotation=dict(text="the paper's A/1", y=0.3, xanchor="left"))
 share = single.set_index("kind").value.reindex(KINDS.values())
 study.show(fig, "05-single-token", claim=f"{share[KINDS['feature']]:.0%} of the features and {share[KINDS['random_weights']]:.0%} of the control's are single-token units",
            alt="Share of single-token units by kind: " + "; ".join(f"{kind} {value:.0%}" for kind, value in share.items()) + ". In the paper's A/1 57 %.")
@@ -284,9 +284,12 @@ for kind in ("feature", "random_weights", "neuron"):
         for what, column in (("activations", "spearman"), ("logits", "logit")):
             rows.append({"kind": KINDS[kind], "units": name, "score": what, **summary(part, column, **draws).loc[kind].rename({"units": "n"})})
 parts = pd.DataFrame(rows)
-fig = px.scatter(parts, x="value", y="kind", color="units", symbol="units", facet_col="score", error_x=parts.high - parts.value, error_x_minus=parts.value - parts.low,
-                 labels={"value": "median score", "kind": "", "units": ""}, height=360, width=1000)
-fig.update_traces(marker_size=11).update_yaxes(autorange="reversed").for_each_annotation(lambda note: note.update(text=note.text.replace("score=", "")))
+kinds = list(parts.kind.unique())
+rows = parts.kind.map(kinds.index) + parts.units.map({"single-token": -0.1, "other": 0.1})  # one above the other
+fig = px.scatter(parts, x="value", y=rows, color="units", symbol="units", facet_col="score", error_x=parts.high - parts.value, error_x_minus=parts.value - parts.low,
+                 labels={"value": "median score", "y": "", "units": ""}, height=360, width=1000)
+fig.update_yaxes(autorange="reversed", tickvals=list(range(len(kinds))), ticktext=kinds, zeroline=False)
+fig.update_traces(marker_size=11).for_each_annotation(lambda note: note.update(text=note.text.replace("score=", "")))
 
 # %%
 at = parts.set_index(["kind", "units", "score"]).value

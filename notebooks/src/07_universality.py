@@ -40,6 +40,7 @@ from scipy.stats import spearmanr
 
 from sae_lib import compare, effects, features, study
 from sae_lib.errors import StudyError
+from sae_lib.study.replicas import NEURON_TOKENS
 from sae_lib.study.tables import flat, unit_table
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
@@ -74,8 +75,8 @@ print(f"living features of the dictionary on the random-weights model: {compare.
 # Neurons fire on a third of all tokens, so theirs are counted on every few contexts only: enough for 512 of them.
 
 # %% tags=["slow"]
-few = -(-len(tokens) // 131_072)  # every context, or every so many
-neurons = {which: features.activation_table(run.transformer(which).model, test.contexts[::few], lambda acts: acts) for which in "AB"}
+few = -(-len(tokens) // NEURON_TOKENS)  # every context, or every so many
+neurons = {which: features.activation_table(run.transformer(which).model, test.contexts[::few], features.neurons) for which in "AB"}
 neuron_documents = flat(test.documents[::few])
 
 # %% [markdown]
@@ -118,7 +119,7 @@ for place, (u, colour, paper) in enumerate(zip(found.values(), ("#0072B2", "#E69
     fig.add_vline(x=u.median.value, line=dict(color="#222222", width=2), row=place, col=1)
     fig.add_vrect(x0=u.median.low, x1=u.median.high, fillcolor="#222222", opacity=0.2, line_width=0, row=place, col=1)
     if paper:
-        fig.add_vline(x=paper, line=dict(dash="dot", width=1), annotation_text="paper", row=place, col=1)
+        fig.add_vline(x=paper, line=dict(dash="dot", width=1), annotation_text="paper", annotation_position="top left", row=place, col=1)
 fig.update_yaxes(title="% of units")
 fig.update_xaxes(title="correlation of a unit of A with its best match", row=len(found), col=1)
 fig.update_layout(height=240 + 150 * len(found), bargap=0.03)

@@ -45,34 +45,38 @@ table[["id", "claim", "paper", "paper_source", "ours", "low", "high", "verdict",
 #
 # **Claim.** Where the papers print a number, ours can be compared with it.
 #
-# Each row shows our value divided by the paper's, on a logarithmic axis: a dot at 1 is the paper's own number. Being far
+# Each row shows our value divided by the paper's, on a logarithmic axis: a marker at 1 is the paper's own number. Being far
 # from 1 is not always worse; read the caveat.
 #
 # **Predict.** Which of our numbers will be furthest from the paper's?
 
 # %%
 both = table.assign(paper=pd.to_numeric(table.paper, errors="coerce")).dropna(subset=["paper", "ours"])  # not "figure only"
-both = both[both.ours > 0]
-ratio = both.ours / both.paper
-colours = {"reproduced": "#009E73", "partly": "#E69F00", "not": "#D55E00"}
-fig = go.Figure(go.Scatter(
-    x=ratio, y=both.id, mode="markers+text", text=both.verdict, textposition="top center",
-    marker=dict(size=12, color=both.verdict.map(colours)),
-    error_x=dict(array=both.high / both.paper - ratio, arrayminus=ratio - both.low / both.paper)))
+both = both[both.ours > 0].assign(ratio=lambda t: t.ours / t.paper)
+looks = {"reproduced": ("#009E73", "circle"), "partly": ("#E69F00", "diamond"), "not": ("#D55E00", "x")}
+fig = go.Figure()
+for verdict, (colour, symbol) in looks.items():
+    part = both[both.verdict == verdict]
+    fig.add_scatter(x=part.ratio, y=part.id, mode="markers", name=verdict, marker=dict(size=11, color=colour, symbol=symbol),
+                    error_x=dict(array=part.high / part.paper - part.ratio, arrayminus=part.ratio - part.low / part.paper))
 fig.add_vline(x=1, line_dash="dot")
-fig.update_layout(xaxis=dict(title="our value / the paper's value (dotted: the same)", type="log", tickvals=[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]), yaxis=dict(autorange="reversed"))
+fig.update_xaxes(title="our value / the paper's value (dotted: the same)", type="log", tickvals=[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100])
+fig.update_yaxes(dtick=1, categoryorder="array", categoryarray=both.id, autorange="reversed")
+fig.update_layout(height=200 + 26 * len(both), legend=dict(orientation="h", x=0, y=-90 / (60 + 26 * len(both)), yanchor="top"))
+
+# %%
 counts = table.verdict.value_counts()
 spelled = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
-study.show(fig, "14-scorecard", claim=f"Of {len(table)} findings: {spelled}",
+study.show(fig, "14-scorecard", claim=f"Of {len(table)} findings: {spelled}; here the {len(both)} for which the papers print a number",
            alt="Our value divided by the paper's for each finding with a published number: "
-               + ", ".join(f"{i} {v:.2f}" for i, v in zip(both.id, ratio, strict=True)) + ".")
+               + ", ".join(f"{i} {v:.2f}" for i, v in zip(both.id, both.ratio, strict=True)) + ".")
 
 # %% [markdown]
 # ## The luck of the seed
 #
 # **Claim.** Another transformer from another seed, with its own dictionary, gives nearly the same numbers.
 #
-# The bars are the intervals of the table: how much a number depends on the text it was measured on. A dot is the same number of
+# The bars are the intervals of the table: how much a number depends on the text it was measured on. A diamond is the same number of
 # another training, measured in the same way. Making them takes as long as the study itself, so they are loaded; where there
 # are none, `python -m sae_lib.study replicas` makes them.
 #
@@ -85,8 +89,10 @@ here = table[table.id.isin(dots.id)] if len(dots) else both
 away = (dots.ratio - 1).abs().groupby(dots.id).max()
 fig = go.Figure(go.Scatter(x=[1] * len(here), y=here.id, mode="markers", name="this training", marker=dict(symbol="line-ns-open", size=12),
                            error_x=dict(array=here.high / here.ours - 1, arrayminus=1 - here.low / here.ours)))
-fig.add_scatter(x=dots.ratio, y=dots.id, mode="markers", name="other trainings", marker=dict(size=10))
-fig.update_layout(xaxis=dict(title="value / the value of this training"), yaxis=dict(autorange="reversed", dtick=1), legend=dict(orientation="h", y=1.06))
+fig.add_scatter(x=dots.ratio, y=dots.id, mode="markers", name="other trainings", marker=dict(size=10, symbol="diamond"))
+fig.update_yaxes(dtick=1, categoryorder="array", categoryarray=here.id, autorange="reversed")
+fig.update_layout(height=200 + 26 * len(here), xaxis_title="value / the value of this training",
+                  legend=dict(orientation="h", x=0, y=-90 / (60 + 26 * len(here)), yanchor="top"))
 
 # %%
 said = f"Other trainings differ by {away.median():.0%} in the median of {len(away)} headline numbers" if len(away) else "No other trainings are known: their numbers were not made"

@@ -50,6 +50,11 @@ def _name(character: str) -> str:
     return " ".join(word for word in words if word not in ("LETTER", "SYLLABLE", "VOWEL", "UNIFIED", "IDEOGRAPH")).capitalize()
 
 
+def escaped(text: str) -> str:
+    """Text of a corpus as text of a label, where what stands between two dollar signs would be taken for a formula."""
+    return html.escape(text, quote=False).replace("$", "&#36;")
+
+
 def token_list(tokens: Sequence[bytes], width: int = 1000, spell: Callable[[bytes], str] = quoted) -> str:
     """Tokens in quotation marks as text for a label: escaped, each in its own direction, as many as go into the width."""
     shown, used = [], 0
@@ -57,7 +62,7 @@ def token_list(tokens: Sequence[bytes], width: int = 1000, spell: Callable[[byte
         used += len(token) + 1
         if shown and used > width:
             break
-        shown.append(f"\u2068{html.escape(token, quote=False)}\u2069")  # a right-to-left token must not turn the list around
+        shown.append(f"\u2068{escaped(token)}\u2069")  # a right-to-left token must not turn the list around
     return " ".join(shown)
 
 

@@ -73,7 +73,9 @@ def correlation_figure(table: pd.DataFrame) -> go.Figure:
             fig.add_scatter(x=part.paper, y=part.truth, mode="markers", **legend(f"{kind} in the paper"), **at,
                             marker={"symbol": "x", "size": 9, "color": COLOURS[i]})
     fig.update_xaxes(title="Pearson correlation (test text)", row=len(contexts), col=1)
-    fig.update_yaxes(categoryorder="array", categoryarray=TRUTHS[::-1])
+    for row, context in enumerate(contexts, start=1):
+        known = set(table.truth[table.context == context])
+        fig.update_yaxes(categoryorder="array", categoryarray=[truth for truth in TRUTHS[::-1] if truth in known], row=row)
     return fig.update_layout(height=150 + 125 * len(contexts))
 
 
@@ -102,6 +104,28 @@ def level_figure(units: dict[str, dict[str, ByLevel]], split_by: dict[str, str])
         fig.update_xaxes(title="activation", row=len(units), col=col)
     below = {"orientation": "h", "y": -0.35 / len(units), "yanchor": "top"}
     return fig.update_layout(barmode="stack", height=140 + 190 * len(units), width=1000, legend=below)
+
+
+def ablation_figure(table: pd.DataFrame) -> go.Figure:
+    """A panel a context with an axis of its own, a row a unit: what its ablation does to tokens of the context and to others.
+    Columns of the table: context, unit, tokens ("of the context" or "other"), value, low, high (nats).
+    """
+    contexts, units, legend = list(table.context.unique()), list(table.unit.unique())[::-1], _once()
+    fig = make_subplots(rows=-(-len(contexts) // 2), cols=2, shared_yaxes=True, subplot_titles=contexts, horizontal_spacing=0.06,
+                        vertical_spacing=0.2)
+    kinds = {"of the context": ("tokens of the context", INSIDE, "circle", 0.13),
+             "other": ("other tokens", OUTSIDE, "diamond", -0.13)}
+    for (context, kind), part in table.groupby(["context", "tokens"], sort=False):
+        row, col = (place + 1 for place in divmod(contexts.index(context), 2))
+        name, colour, symbol, shift = kinds[kind]
+        fig.add_scatter(x=part.value, y=[units.index(unit) + shift for unit in part.unit], mode="markers", row=row, col=col,
+                        **legend(name),
+                        marker={"color": colour, "symbol": symbol, "size": 10},
+                        error_x={"array": part.high - part.value, "arrayminus": part.value - part.low, "thickness": 1.5})
+    fig.update_xaxes(title="change of log-likelihood (nats)", zeroline=True, nticks=6)
+    fig.update_yaxes(tickvals=list(range(len(units))), ticktext=units, range=[-0.5, len(units) - 0.5], zeroline=False)
+    return fig.update_layout(height=100 + 235 * -(-len(contexts) // 2), width=1000,
+                             legend={"orientation": "h", "y": -0.16, "yanchor": "top"})
 
 
 class Written(NamedTuple):

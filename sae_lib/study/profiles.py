@@ -50,7 +50,7 @@ WORKSHOP = Profile(
     sweep=TrainConfig(n_activations=2_000_000, batch_size=2048, l1_coefficient=4.0, lr=1e-3, lr_warmup=0.01, lr_decay=0.3,
                       birth_density=0.005, resample_inputs=131_072),
     sweep_l1=(2.0, 4.0, 9.0, 18.0),
-    widths=(1, 8),
+    widths=(1, 8, 32),
     width_training=TrainConfig(n_activations=3_000_000, batch_size=2048, l1_coefficient=3.0, lr=1e-3, lr_warmup=0.01,
                                lr_decay=0.4, birth_density=0.005, resample_inputs=131_072),
     held_out_contexts=1536,

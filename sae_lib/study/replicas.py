@@ -85,7 +85,7 @@ def universality(study: Study, first: str, second: str) -> dict[str, float]:
     test = study.held_out("test")
     documents, few = flat(test.documents), -(-test.contexts.numel() // NEURON_TOKENS)
     pair = [unit_table(study, on=which) for which in (first, second)]
-    neurons = [features.activation_table(study.transformer(which).model, test.contexts[::few], lambda acts: acts)
+    neurons = [features.activation_table(study.transformer(which).model, test.contexts[::few], features.neurons)
                for which in (first, second)]
     draws = {"seed": study.seed, "n_boot": 2}
     return {"07.median.feature": compare.universality(*pair, documents, **draws).median.value,

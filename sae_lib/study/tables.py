@@ -4,7 +4,7 @@ import numpy as np
 import scipy.sparse
 from scipy.sparse import csc_array
 
-from sae_lib.features import activation_table
+from sae_lib.features import activation_table, neurons
 from sae_lib.study.pipeline import Study
 
 
@@ -15,7 +15,7 @@ def unit_table(study: Study, split: str = "test", on: str = "A", units: str = "f
     """
     text, transformer = study.held_out(split, whole), study.transformer(on)
     dictionary = study.dictionary(on) if units == "features" else None
-    encode = dictionary.model.encode if dictionary else lambda acts: acts
+    encode = dictionary.model.encode if dictionary else neurons
 
     def make(out, _) -> None:
         scipy.sparse.save_npz(out / "table.npz", activation_table(transformer.model, text.contexts, encode), compressed=False)

@@ -23,19 +23,26 @@ from torch import Tensor
 
 from sae_lib import effects, features, splitting
 from sae_lib.compare import live_units
-from sae_lib.evaluate import held_out_pass
+from sae_lib.evaluate import Text, held_out_pass
 from sae_lib.precision import low_precision
-from sae_lib.sae import SAE
+from sae_lib.sae import SAE, SAEConfig
 from sae_lib.study.artefacts import Artefact
 from sae_lib.study.panels import label
 from sae_lib.study.pipeline import Study
 from sae_lib.study.tables import flat
 from sae_lib.token_classes import Classes
+from sae_lib.train import TrainConfig
 
 LISTED = 6  # tokens that are kept of those a feature fires on, and of those it raises
 TEXT_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
 CLASSES = ("digits", "capitals", "lower-case letters", "capitalised words", "mixed letters and digits", "punctuation",
            "line breaks")
+RULES = ("all", "strong")
+"""Which activations of a feature decide whether it is *for* a context (`splitting.units_of_context`): all of them, on documents
+that are labelled so; or only the strong ones (`splitting.strong`), on text of the context by its label or by its characters
+(`effects.CONTEXTS`). The papers count by reading a feature's strongest examples, wherever they are; the second rule is that,
+written down."""
+EXAMPLES, BEFORE = 3, 8  # of a feature for a context: its greatest activations, each with so many tokens up to it
 SEEN = 10  # tokens that occur less often in the training text have logit weights that training hardly set
 
 
@@ -52,12 +59,13 @@ class Width(NamedTuple):
     raises: Int[np.ndarray, "n_features listed"]
     """The tokens whose logits it raises most."""
     contexts: pd.DataFrame
-    """A row a context. tokens, documents: in the test text; best, pearson: the feature that correlates with it best on
-    validation text, and how well on the test text; chosen: how many features are specific to it on validation text; count,
+    """A row a context and one of RULES. tokens, documents: in the test text; best, pearson: the feature that correlates with the
+    label best on validation text, and how well on the test text; chosen: how many features are for it on validation text; count,
     low, high: how many of these are on the test text too; and the share of the context's tokens in each of CLASSES."""
     members: pd.DataFrame
-    """A row for each of the chosen, and for the best. context, unit; fired, inside, pearson: on the test text; specific: whether
-    it is one of those that are counted; and the share of its activations within the context in each of CLASSES."""
+    """A row for each of the chosen, and for the best. context, rule, unit; fired, inside, pearson: on the test text; specific:
+    whether it is one of those that are counted; examples: the BEFORE tokens that end with each of its EXAMPLES greatest
+    activations; and the share of its activations within the context in each of CLASSES."""
     live_by_text: pd.DataFrame
     summary: dict[str, list[float]]
     """l0 and recovered (loss, against zero ablation), each with its interval."""
@@ -67,23 +75,26 @@ class Width(NamedTuple):
     def name(self) -> str:
         return f"{self.expansion}x"
 
-    def of_context(self, context: str) -> pd.Series:
-        """The row of a context."""
-        return self.contexts.set_index("context").loc[context]
+    def of_context(self, context: str, rule: str) -> pd.Series:
+        """The row of a context and a rule."""
+        return self.contexts.set_index(["context", "rule"]).loc[(context, rule)]
 
 
 # --- what is big -----------------------------------------------------------------------------------------------------
 
 
+def _configs(study: Study, expansion: int) -> tuple[SAEConfig, TrainConfig]:
+    return (replace(study.sae_config(), d_sae=expansion * study.profile.transformer.d_mlp),
+            replace(study.profile.width_training, seed=study.seed))
+
+
 def _recipe(study: Study, expansion: int) -> dict:
-    config = replace(study.sae_config(), d_sae=expansion * study.profile.transformer.d_mlp)
-    train = replace(study.profile.width_training, seed=study.seed)
-    return {"sae": asdict(config), "train": asdict(train), "stream": asdict(study.profile.stream)}
+    sae, train = _configs(study, expansion)
+    return {"sae": asdict(sae), "train": asdict(train), "stream": asdict(study.profile.stream)}
 
 
 def _dictionary(study: Study, expansion: int) -> tuple[SAE, Artefact]:
-    train = replace(study.profile.width_training, seed=study.seed)
-    config = replace(study.sae_config(), d_sae=expansion * study.profile.transformer.d_mlp)
+    config, train = _configs(study, expansion)
 
     def make(out: Path, checkpoint: Path) -> None:
         sae, _ = study.train("A", config, train, checkpoint / "dictionary.safetensors")
@@ -132,7 +143,7 @@ def width(study: Study, expansion: int) -> Width:
                    "raises": _raises(study, sae.W_dec)}
         save_file(columns | best, out / "features.safetensors")
 
-    config = _recipe(study, expansion) | draws | {"held_out": study.profile.held_out_contexts}
+    config = _recipe(study, expansion) | draws | {"held_out": study.profile.held_out_contexts, "rules": RULES, "examples": BEFORE}
     artefact = study.store.stage(f"width_{expansion}x", config, make,
                                  inputs=[study.transformer("A").artefact, study.tokens_artefact])
     columns = load_file(artefact.path / "features.safetensors")
@@ -146,29 +157,50 @@ def _contexts(study: Study, chosen_on: csc_array, table: csc_array,
               draws: dict) -> tuple[dict[str, np.ndarray], pd.DataFrame, pd.DataFrame]:
     """Each feature's best context; the table of contexts; the table of features that are specific to one."""
     texts = {split: study.held_out(split, whole=True) for split in ("validation", "test")}
-    inside = {split: [label(study, name, text) for name in study.special_contexts] for split, text in texts.items()}
-    correlation = {split: np.stack([features.pearson_with(units, y) for y in inside[split]], axis=1)
+    labels = {split: [label(study, name, text) for name in study.special_contexts] for split, text in texts.items()}
+    correlation = {split: np.stack([features.pearson_with(units, y) for y in labels[split]], axis=1)
                    for split, units in (("validation", chosen_on), ("test", table))}
     documents, tokens, classes = flat(texts["test"].documents), flat(texts["test"].contexts), _classes(study)
-    rows, members = [], []
-    for i, (name, is_context) in enumerate(zip(study.special_contexts, inside["test"], strict=True)):
-        chosen = splitting.units_of_context(chosen_on, inside["validation"][i])
-        count = splitting.count_of_context(table, chosen, is_context, documents, **draws)
-        best = int(correlation["validation"][:, i].argmax())
-        rows.append({"context": name, "tokens": int(is_context.sum()), "documents": len(np.unique(documents[is_context])),
-                     "best": best, "pearson": correlation["test"][best, i], "chosen": len(chosen), "count": count.value,
-                     "low": count.low, "high": count.high, **_shares(classes, tokens[is_context], np.ones(is_context.sum()))})
-        for unit in np.union1d(chosen, best).tolist():
-            where, values = features.column(table, unit)
-            within = is_context[where]
-            members.append({"context": name, "unit": unit, "fired": len(where), "inside": int(within.sum()),
-                            "pearson": correlation["test"][unit, i],
-                            "specific": bool(unit in chosen and len(where) and 2 * within.sum() >= len(where)),
-                            **_shares(classes, tokens[where[within]], values[within])})
+    best, rows, members = correlation["validation"].argmax(0).tolist(), [], []
+    for rule in RULES:
+        tables = (chosen_on, table) if rule == "all" else (splitting.strong(chosen_on), splitting.strong(table))
+        for i, name in enumerate(study.special_contexts):
+            inside = {split: labels[split][i] | (_by_characters(study, name, text) if rule == "strong" else False)
+                      for split, text in texts.items()}
+            is_context, own = inside["test"], {"context": name, "rule": rule}
+            chosen = splitting.units_of_context(tables[0], inside["validation"])
+            count, counted = splitting.count_of_context(tables[1], chosen, is_context, documents, **draws)
+            shares = _shares(classes, tokens[is_context], np.ones(is_context.sum()))
+            rows.append(own | {"tokens": int(is_context.sum()), "documents": len(np.unique(documents[is_context])),
+                               "best": best[i], "pearson": correlation["test"][best[i], i], "chosen": len(chosen),
+                               "count": count.value, "low": count.low, "high": count.high} | shares)
+            for unit in np.union1d(chosen, best[i]).tolist():
+                where, values = features.column(tables[1], unit)
+                within, top = is_context[where], where[np.argsort(-values, kind="stable")[:EXAMPLES]]
+                members.append(own | {"unit": unit, "fired": len(where), "inside": int(within.sum()),
+                                      "pearson": correlation["test"][unit, i], "specific": unit in chosen[counted],
+                                      "examples": _examples(texts["test"].contexts, top)}
+                               | _shares(classes, tokens[where[within]], values[within]))
     best = correlation["validation"].argmax(1)
     columns = {"context": best.astype(np.int32), "pearson": correlation["test"][np.arange(len(best)), best].astype(np.float32)}
-    names = ["context", "unit", "fired", "inside", "pearson", "specific", *CLASSES]
+    names = ["context", "rule", "unit", "fired", "inside", "pearson", "specific", "examples", *CLASSES]
     return columns, pd.DataFrame(rows), pd.DataFrame(members, columns=names)
+
+
+def _by_characters(study: Study, context: str, text: Text) -> Bool[np.ndarray, " n_tokens"]:
+    """Whether the characters of each token, wherever it stands, are of a context; never, if that cannot be told of characters."""
+    if context not in effects.CONTEXTS:
+        return np.zeros(text.contexts.numel(), dtype=bool)
+    return effects.in_characters(text.contexts, study.vocabulary, effects.CONTEXTS[context]).ravel()
+
+
+def _examples(contexts: Int[Tensor, "n_contexts n_ctx"], places: Int[np.ndarray, " places"]) -> list[list[int]]:
+    """The tokens up to each place, of its document."""
+    found = []
+    for row, end in zip(*np.divmod(places, contexts.shape[1]), strict=True):
+        tokens = contexts[row, max(0, end + 1 - BEFORE):end + 1].numpy()
+        found.append(tokens[np.flatnonzero(np.append(0, tokens) == 0)[-1]:].tolist())  # after an end-of-text, if there is one
+    return found
 
 
 def _classes(study: Study) -> Bool[np.ndarray, "classes d_vocab"]:
@@ -208,26 +240,24 @@ class Links(NamedTuple):
 
     links: list[csr_array]
     """`splitting.masked_cosine` of each width and the next, over the test text."""
-    by_luck: list[int]
-    """How many there are where the two read different text."""
+    by_luck: list[csr_array]
+    """The same where the two read different text."""
 
 
 def links(study: Study, widths: Sequence[Width]) -> Links:
     """Links between the features of successive widths."""
     def make(out: Path, _: Path) -> None:
-        by_luck, narrow = [], _table(study, widths[0].expansion, "test")
+        narrow = _table(study, widths[0].expansion, "test")
         for i, wider in enumerate(widths[1:]):
             wide = _table(study, wider.expansion, "test")
-            found = splitting.masked_cosine(narrow, wide)
-            scipy.sparse.save_npz(out / f"links_{i}.npz", csr_array((found.data.astype(np.float32), found.indices, found.indptr),
-                                                                    shape=found.shape))
-            by_luck.append(splitting.links_by_luck(narrow, wide, study.profile.tokens.n_ctx))
+            for name, found in (("links", splitting.masked_cosine(narrow, wide)),
+                                ("by_luck", splitting.links_by_luck(narrow, wide, study.profile.tokens.n_ctx))):
+                scipy.sparse.save_npz(out / f"{name}_{i}.npz", found.astype(np.float32))
             narrow = wide
-        (out / "by_luck.json").write_text(json.dumps(by_luck))
 
-    artefact = study.store.stage("width_links", {}, make, inputs=[each.artefact for each in widths])
-    return Links([csr_array(scipy.sparse.load_npz(artefact.path / f"links_{i}.npz")) for i in range(len(widths) - 1)],
-                 json.loads((artefact.path / "by_luck.json").read_text()))
+    artefact = study.store.stage("width_links", {"by_luck": "links"}, make, inputs=[each.artefact for each in widths])
+    read = lambda name: [csr_array(scipy.sparse.load_npz(artefact.path / f"{name}_{i}.npz")) for i in range(len(widths) - 1)]
+    return Links(read("links"), read("by_luck"))
 
 
 def feature_map(study: Study, widths: Sequence[Width]) -> pd.DataFrame:
