@@ -109,10 +109,10 @@ class Study:
         return torch.from_numpy(self.tokens.contexts(split).astype(np.int32))
 
     def contexts_with(self, domains: Sequence[str]) -> Tensor:
-        """The contexts of the training text that hold text of any of these domains."""
-        contexts, wanted = self.contexts("train"), [self.tokens.domains.index(name) for name in domains]
+        """The contexts of the training text that hold text of any of these domains; all, if the corpus has none of them."""
+        contexts, wanted = self.contexts("train"), [i for i, name in enumerate(self.tokens.domains) if name in domains]
         per_token = self.tokens.domain_of_token("train")[:contexts.numel()].reshape(contexts.shape)
-        return contexts[torch.from_numpy(np.isin(per_token, wanted).any(1))]
+        return contexts[torch.from_numpy(np.isin(per_token, wanted).any(1))] if wanted else contexts
 
     @cached_property
     def special_contexts(self) -> list[str]:
