@@ -42,7 +42,7 @@ def counts_figure(widths: Sequence[Width], first: str) -> go.Figure:
                         showscale=False, hoverinfo="x+y+text", xgap=2, ygap=1)
     fig.update_xaxes(type="category", title="width")
     fig.update_yaxes(type="category", autorange="reversed", dtick=1)
-    return fig.update_layout(height=190 + 20 * len(order), width=820)
+    return fig.update_layout(height=220 + 20 * len(order), width=820, margin={"t": 130})
 
 
 def links_figure(steps: Sequence[str], children: Sequence[np.ndarray], by_luck: Sequence[np.ndarray]) -> go.Figure:
@@ -125,14 +125,15 @@ def family_figure(found: Family, widths: Sequence[Width], vocabulary: Sequence[b
             ends = shown.loc[[edge.start, edge.end]]
             fig.add_scatter(x=ends.width, y=ends.y, mode="lines", hoverinfo="skip", showlegend=False,
                             line={"color": "#B5B5B5", "width": 0.5 + 6 * max(0.0, edge.cosine - 0.4)})
-    for specific, symbol, name in ((True, "circle", f"for {found.context}"),
-                                   (False, "circle-open", "does not meet the rule, but correlates best")):
+    for specific, colour, name in ((True, COLOURS[0], f"for {found.context}"),
+                                   (False, "#FFFFFF", "does not meet the rule, but correlates best")):
         part = shown[shown.specific == specific]
         tokens = [_spell(widths[at].fires_on[unit], vocabulary, 18) for at, unit in zip(part.width, part.unit, strict=True)]
         texts = [[_example(ids, vocabulary) for ids in examples] for examples in part.examples]
         hover = ["<br>".join([f"feature {unit}, fires on {fired:,} tokens: {label}", *own])
                  for unit, fired, label, own in zip(part.unit, part.fired, tokens, texts, strict=True)]
-        marker = {"symbol": symbol, "color": COLOURS[0], "size": 7 + 3 * np.log10(1 + part.fired), "opacity": 1}
+        marker = {"color": colour, "line": {"color": COLOURS[0], "width": 1.5}, "size": 7 + 3 * np.log10(1 + part.fired),
+                  "opacity": 1}
         fig.add_scatter(x=part.width, y=part.y, mode="markers", name=name, hovertext=hover, hoverinfo="text", marker=marker)
         # On white, for links of other features pass behind.
         for x, y, label, own in zip(part.width, part.y, tokens, texts, strict=True):
