@@ -43,7 +43,7 @@ WORKSHOP = Profile(
     transformer=TransformerConfig(n_tokens=40_000_000),
     stream=StreamConfig(),
     # Many small steps: a dictionary gets better with steps as much as with activations.
-    dictionary=TrainConfig(n_activations=18_000_000, batch_size=2048, l1_coefficient=3.0, lr=1e-3, lr_warmup=0.01, lr_decay=0.4,
+    dictionary=TrainConfig(n_activations=18_000_000, batch_size=2048, l1_coefficient=3.2, lr=1e-3, lr_warmup=0.01, lr_decay=0.4,
                            birth_density=0.005, resample_inputs=131_072),
     expansion=8,
     correction_activations=131_072,
