@@ -148,7 +148,7 @@ def total_information(experiments: Sequence[Coded]) -> list[float]:
     nothing by finer bins.
     """
     features, directions = (max(part[i].abs().max().item() for part in experiments) for i in (0, 1))
-    return [histogram_bits(part.features, 0, features) + histogram_bits(part.directions, -directions, directions)
+    return [histogram_bits(part.features, 0.0, features) + histogram_bits(part.directions, -directions, directions)
             for part in experiments]
 
 

@@ -263,7 +263,7 @@ study.show(toy_figures.widths_figure(main, config.n_features), "01-widths",
 
 # %%
 by_hand = 2 * 1 + 2 * 2  # two entries with probability 1/2, a bit each; two with 1/4, two bits each
-assert toy_features.histogram_bits(torch.tensor([0.0, 0.0, 0.4, 0.8]), 0, 1) == by_hand
+assert toy_features.histogram_bits(torch.tensor([0.0, 0.0, 0.4, 0.8]), 0.0, 1.0) == by_hand
 
 # %% [markdown]
 # **Predict.** If λ is far too small, where will the bounce be?

@@ -26,7 +26,7 @@ class ToySizes:
     l1: tuple[float, ...] = (0.1, 0.35, 0.7, 1.4)
     main_l1: float = 0.7
     # Of tiny matrices bfloat16 saves no time.
-    training: TrainConfig = TrainConfig(n_activations=1_000_000, batch_size=1024, lr=4e-3, lr_warmup=0.05, lr_decay=0.5,
+    training: TrainConfig = TrainConfig(n_activations=600_000, batch_size=512, lr=4e-3, lr_warmup=0.05, lr_decay=0.5,
                                         birth_density=0.05, resample_inputs=8192, precision="float32")
     test_rows: int = 4096
 
@@ -108,7 +108,7 @@ SMOKE = replace(
         crowd=ToyConfig(n_features=8, n_hidden=2, n_steps=200, batch_size=128),
         plane=ToyConfig(n_features=5, n_hidden=2, n_steps=200, batch_size=128),
         pair=ToyConfig(n_features=2, n_hidden=1, n_steps=200, batch_size=64, restarts=2),
-        n_densities=4, pair_grid=(5, 3), truth=FeatureConfig(d_in=8, n_features=12, active=1.0), widths=(0.75, 1.0, 1.5),
+        n_densities=4, pair_grid=(5, 3), truth=FeatureConfig(d_in=8, n_features=12, active=1.5), widths=(0.75, 1.0, 1.5),
         l1=(0.2, 0.7), test_rows=1024,
         training=TrainConfig(n_activations=32_000, batch_size=256, lr=1e-2, lr_warmup=0.05, lr_decay=0.5, birth_density=0.05,
                              resample_inputs=1024, precision="float32")),
@@ -134,7 +134,7 @@ PAPER = replace(
     component_sample=1_000_000,
     # The sizes of Cunningham et al.'s toy data.
     toy=ToySizes(truth=FeatureConfig(d_in=256, n_features=512, active=5.0),
-                 training=replace(ToySizes.training, n_activations=8_000_000, batch_size=2048)),
+                 training=replace(ToySizes.training, n_activations=16_000_000, batch_size=4096, lr=1e-3)),
 )
 
 PROFILES = {profile.name: profile for profile in (SMOKE, WORKSHOP, PAPER)}
