@@ -94,29 +94,38 @@ def train_toys(density: Float[Tensor, " models"], importance: Float[Tensor, "mod
         loss.sum().backward()  # of models that share nothing: each gets its own gradient
         adam.step()
     trained = Toys(toys.W.detach(), toys.b.detach(), relu)
-    losses = (squared_errors(trained, p[:, 0], config.seed, "toy-choice") * weight).sum(1).view(config.restarts, models)
+    losses = (measure(trained, p[:, 0], config.seed, "toy-choice").squared * weight).sum(1).view(config.restarts, models)
     return trained.pick(losses.argmin(0) * models + torch.arange(models))
 
 
+class Errors(NamedTuple):
+    """How well models give back each feature, over the same fresh draws."""
+
+    squared: Float[Tensor, "models features"]
+    """Mean squared error."""
+    variance: Float[Tensor, "models features"]
+    """Of the feature itself: what the best constant would leave."""
+
+
 @torch.no_grad()
-def squared_errors(toys: Toys, density: Float[Tensor, " models"], seed: int = 0,
-                   purpose: str = "toy-test") -> Float[Tensor, "models features"]:
-    """Mean squared error of each feature, on fresh draws."""
+def measure(toys: Toys, density: Float[Tensor, " models"], seed: int = 0, purpose: str = "toy-test") -> Errors:
+    """The errors of models, each on draws of its density."""
     p = density[:, None].expand(-1, toys.W.shape[2])
-    total = torch.zeros_like(toys.b, dtype=torch.float64)
+    squared, first, second = (torch.zeros_like(toys.b, dtype=torch.float64) for _ in range(3))
     for step in range(EVALUATED // ROWS):
         x = sparse_features(ROWS, p, generator(seed, purpose, step))
-        total += (x - toys(x)).square().sum(1, dtype=torch.float64)
-    return (total / EVALUATED).float()
+        for total, values in ((squared, (x - toys(x)).square()), (first, x), (second, x.square())):
+            total += values.sum(1, dtype=torch.float64) / EVALUATED
+    return Errors(squared.float(), (second - first.square()).float())
 
 
-def capacity(errors: Float[Tensor, "models features"], density: Float[Tensor, " models"]) -> Float[Tensor, " models"]:
+def capacity(errors: Errors) -> Float[Tensor, " models"]:
     """Features' worth that a model gives back: the explained share of each feature's variance, summed over features.
 
     Of a linear model with h hidden numbers it is h at most. With P = W^T W, features independent and of variance v, it is
     n - ||I - P||^2, and a matrix of rank h is at least n - h away from the identity (Eckart and Young 1936).
     """
-    return (1 - errors / feature_variance(density)[:, None]).sum(1)
+    return (1 - errors.squared / errors.variance).sum(1)
 
 
 def held(toys: Toys) -> Int[Tensor, " models"]:

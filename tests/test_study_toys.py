@@ -43,8 +43,8 @@ def test_models_are_made_once(study):
     assert torch.equal(made.toys.W, loaded.toys.W) and loaded.toys.relu
     assert made.density.tolist() == pytest.approx([1, 0.1, 0.01] * 2)
     torch.testing.assert_close(made.importance[4], torch.tensor([1, 0.9, 0.81, 0.729]))
-    torch.testing.assert_close(made.losses, (made.errors * made.importance).sum(1))
-    torch.testing.assert_close(made.errors, toy.squared_errors(made.toys, made.density))
+    torch.testing.assert_close(made.losses, (made.errors.squared * made.importance).sum(1))
+    torch.testing.assert_close(made.errors, toy.measure(made.toys, made.density))
     assert not toys.crowd(study(), relu=False).toys.relu
 
 

@@ -49,13 +49,13 @@ def test_measured_losses_of_known_weights_agree_with_the_closed_forms():
     # What is left out is given as its mean, 0.15.
     toys = Toys(ways, torch.tensor([[0.0, 0.15], [0.15, 0.0], [0.0, 0.0]]), relu=True)
     importance = torch.tensor([1.0, 0.6])
-    errors = toy.squared_errors(toys, density)
+    errors = toy.measure(toys, density)
     expected = toy.pair_losses(torch.tensor([0.3]), torch.tensor([0.6]))[0]
-    torch.testing.assert_close((errors * importance).sum(1), expected, rtol=0.02, atol=0)
+    torch.testing.assert_close((errors.squared * importance).sum(1), expected, rtol=0.02, atol=0)
     assert toy.pair_kind(toys).tolist() == [0, 1, 2]
     assert toy.held(toys).tolist() == [1, 1, 2]
     # The pair's worth: what the interference leaves, 2 (1 - (p^2 / 6) / v).
-    worth = toy.capacity(errors, density)
+    worth = toy.capacity(errors)
     torch.testing.assert_close(worth[2], torch.tensor(2 * (1 - 0.015 / (0.1 - 0.0225))), atol=0.02, rtol=0)
 
 
@@ -64,15 +64,16 @@ def test_no_linear_model_gives_back_more_than_it_has_dimensions():
     W = torch.randn(20, 2, 5, generator=generator(0, "test"))
     mean = torch.full((5,), 0.1)
     b = mean - W.mT @ W @ mean
-    assert toy.capacity(toy.squared_errors(Toys(W, b, relu=False), density), density).max() < 2
+    assert toy.capacity(toy.measure(Toys(W, b, relu=False), density)).max() < 2
     W = torch.eye(5)[None, :2]
     best = Toys(W, torch.tensor([[0.0, 0.0, 0.1, 0.1, 0.1]]), relu=False)
-    errors = toy.squared_errors(best, density[:1])
-    assert toy.capacity(errors, density[:1]).item() == pytest.approx(2, abs=0.02)
+    errors = toy.measure(best, density[:1])
+    torch.testing.assert_close(errors.variance, torch.full((1, 5), 0.2 / 3 - 0.01), rtol=0.02, atol=0)
+    assert toy.capacity(errors).item() == pytest.approx(2, abs=1e-3)
     importance = torch.tensor([[3.0, 2.0, 1.0, 0.5, 0.25]])
     loss = toy.linear_loss(density[:1], importance, 2)
     assert loss.item() == pytest.approx(1.75 * (0.2 / 3 - 0.01))
-    torch.testing.assert_close((errors * importance).sum(1), loss, rtol=0.02, atol=0)
+    torch.testing.assert_close((errors.squared * importance).sum(1), loss, rtol=0.02, atol=0)
 
 
 def test_training_finds_superposition_where_features_are_rare_and_not_where_they_are_common():
@@ -84,7 +85,7 @@ def test_training_finds_superposition_where_features_are_rare_and_not_where_they
     assert W[0] * W[1] < 0
     linear = toy.train_toys(density, importance, config, relu=False)
     assert toy.held(linear)[1] == 1
-    assert toy.capacity(toy.squared_errors(linear, density), density).max() < 1.03
+    assert toy.capacity(toy.measure(linear, density)).max() < 1.02
     # Of two features that are equally important a linear model may hold any mixture, but no more than one feature's worth.
     assert not linear.relu and linear.W.shape == (3, 1, 2)
 

@@ -79,7 +79,7 @@ study.show(toy_figures.matrices_figure(linear, crowd, active=n // 2), "01-matric
                f"features in 1 of 100 draws. Features held by the ReLU, from dense to sparse: {', '.join(f'{v:.1f}' for v in held)}.")
 
 # %%
-worth = {name: toy.capacity(models.errors, models.density).view(-1, n) / sizes.crowd.n_hidden for name, models in (("linear", linear), ("relu", crowd))}
+worth = {name: toy.capacity(models.errors).view(-1, n) / sizes.crowd.n_hidden for name, models in (("linear", linear), ("relu", crowd))}
 sparsest, most = worth["relu"][:, -1], worth["linear"].max()
 study.show(toy_figures.capacity_figure(linear, crowd), "01-capacity",
            claim=f"A ReLU gives back up to {worth['relu'].mean(0).max():.1f} features' worth for each hidden number, a linear model at most {most:.2f}",
@@ -105,8 +105,8 @@ row("01.capacity", claim="With a ReLU a layer gives back more features than it h
 # %% tags=["slow"]
 plane = toys.plane(run)
 fitted = toy.held(plane.toys)
-study.show(toy_figures.plane_figure(plane, active=n - 1), "01-plane",
-           claim=f"In a plane {fitted.max()} of {sizes.plane.n_features} features find room when they are rare, {fitted[0]} when they are always there",
+study.show(toy_figures.plane_figure(plane, active=int(fitted.argmax())), "01-plane",
+           claim=f"In a plane up to {fitted.max()} of {sizes.plane.n_features} features find room, and {fitted[0]} when they are always there",
            alt="Arrows of the features' directions in the plane of two hidden numbers, with a slider over densities. Features with a direction, from dense to sparse: "
                + ", ".join(map(str, fitted.tolist())) + ".")
 
@@ -119,6 +119,8 @@ study.show(toy_figures.plane_figure(plane, active=n - 1), "01-plane",
 # There are three ways. Hold the first feature alone, and lose the variance $v = p/3 - p^2/4$ of the second, times its importance *r*.
 # Hold the second alone, and lose $v$. Or hold both, opposed, with weights +1 and −1: then each is exact unless both are there, and
 # the loss is $(1 + r) p^2 / 6$. For $r \le 1$ superposition wins if $p < 4r / (2 + 5r)$.
+#
+# (With equal importance either feature may be the one that is held.)
 #
 # **Predict.** For two equally important features, how often may each be there before superposition stops to pay? In a third of all
 # draws, or in more than half?
@@ -205,7 +207,7 @@ print(f"{config.n_features} features in {config.d_in} dimensions; {(active > 0).
 # %% tags=["slow"]
 found = toys.recovery(run)
 table = found.table
-main = table[np.isclose(table.l1, sizes.main_l1)]
+main = table[table.l1 == sizes.main_l1]
 true = main[main.width == config.n_features]
 true[["truth", "width", "l1", "explained", "l0", "dead", "mmcs", "coverage", "f1"]].round(3)
 
@@ -275,7 +277,7 @@ def least(part):
 
 
 bounces = pd.DataFrame([{"l1": l1, "truth": truth, "least": least(part)} for (l1, truth), part in table.groupby(["l1", "truth"])])
-at_main = bounces[np.isclose(bounces.l1, sizes.main_l1)].least.to_numpy()
+at_main = bounces[bounces.l1 == sizes.main_l1].least.to_numpy()
 errors = np.abs(at_main / config.n_features - 1)
 study.show(toy_figures.bounce_figure(table, config.n_features, coefficients.index(sizes.main_l1)), "01-bounce",
            claim=f"The information is least with {', '.join(map(str, at_main))} features in {len(at_main)} trials, where the truth has {config.n_features}",
@@ -283,7 +285,7 @@ study.show(toy_figures.bounce_figure(table, config.n_features, coefficients.inde
                f"{', '.join(map(str, at_main))} features; the true number is {config.n_features}.")
 
 # %%
-others = "; ".join(f"{l1:g}: {', '.join(map(str, part.least))}" for l1, part in bounces[~np.isclose(bounces.l1, sizes.main_l1)].groupby("l1"))
+others = "; ".join(f"{l1:g}: {', '.join(map(str, part.least))}" for l1, part in bounces[bounces.l1 != sizes.main_l1].groupby("l1"))
 tried = sorted(main.width.unique())
 row("01.bounce_error", claim="The information bounces at the true number of features: relative error of the number", paper="figure only",
     paper_source="Circuits Updates, May 2023", ours=errors.mean(), low=errors.min(), high=errors.max(), seeds=len(errors),

@@ -20,7 +20,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 def spelled(density: float) -> str:
     """A density in words: 1 in 10."""
-    return "always" if density > 0.995 else f"1 in {1 / density:.2g}"
+    return "always" if density > 0.995 else f"1 in {1 / density:.{0 if density < 0.11 else 1}f}"
 
 
 def _slider(fig: go.Figure, labels: Sequence[str], steps: Sequence[list], prefix: str, active: int) -> go.Figure:
@@ -28,6 +28,11 @@ def _slider(fig: go.Figure, labels: Sequence[str], steps: Sequence[list], prefix
     entries = [{"label": label, "method": "update", "args": step} for label, step in zip(labels, steps, strict=True)]
     slider = {"steps": entries, "active": active, "currentvalue": {"prefix": prefix}, "pad": {"t": 46}, "x": 0.04, "len": 0.92}
     return fig.update_layout(sliders=[slider])
+
+
+def _plain(values: Tensor, digits: int) -> list:
+    """Rounded numbers as a slider's step holds them: arrays in its arguments are not decoded."""
+    return values.double().numpy().round(digits).tolist()
 
 
 # --- superposition ---------------------------------------------------------------------------------------------------
@@ -47,14 +52,14 @@ def matrices_figure(linear: Models, relu: Models, active: int) -> go.Figure:
 
     def at(step: int) -> tuple[list, list[str]]:
         toys = [models.toys.pick(torch.tensor([i])) for models, i in zip((linear, relu), chosen[step], strict=True)]
-        grams = [(t.W[0].T @ t.W[0]).clamp(-1.5, 1.5).numpy().round(2).tolist() for t in toys]
+        grams = [_plain((t.W[0].T @ t.W[0]).clamp(-1.5, 1.5), 2) for t in toys]
         return grams, [f"{kind}: {toy.held(t).item()} features in {h} numbers" for kind, t in zip(kinds, toys, strict=True)]
 
     grams, titles = at(active)
     fig = make_subplots(cols=2, subplot_titles=titles, horizontal_spacing=0.1)
     for column, gram in enumerate(grams, start=1):
         fig.add_heatmap(z=gram, zmin=-1.5, zmax=1.5, colorscale="RdBu", showscale=column == 2, row=1, col=column,
-                        colorbar={"title": "of itself,<br>or of another", "len": 0.9},
+                        colorbar={"title": "WᵀW", "len": 0.9},
                         hovertemplate="feature %{x} in the output of %{y}: %{z}<extra></extra>")
     fig.update_xaxes(title="feature that is there", dtick=5, constrain="domain")
     fig.update_yaxes(title="feature in the output", dtick=5, autorange="reversed", col=1)
@@ -76,7 +81,7 @@ def capacity_figure(linear: Models, relu: Models) -> go.Figure:
     n = len(relu.density.unique())
     density = relu.density[:n].numpy()
     for name, models, dash, symbol in (("with ReLU", relu, "solid", "circle"), ("linear", linear, "dash", "square-open")):
-        worth = toy.capacity(models.errors, models.density).view(-1, n)
+        worth = toy.capacity(models.errors).view(-1, n)
         mean = worth.mean(0)
         bars = {"array": worth.amax(0) - mean, "arrayminus": mean - worth.amin(0)}
         fig.add_scatter(x=density, y=mean, error_y=bars, mode="lines+markers", name=name, line={"dash": dash},
@@ -96,8 +101,8 @@ def plane_figure(models: Models, active: int) -> go.Figure:
     limit = 1.15 * models.toys.W.norm(dim=1).max().item()
 
     def at(step: int) -> dict:
-        W = models.toys.W[step].numpy().round(3)
-        return {"x": [[0.0, float(W[0, i])] for i in range(features)], "y": [[0.0, float(W[1, i])] for i in range(features)]}
+        ends = _plain(models.toys.W[step], 3)
+        return {axis: [[0.0, end] for end in of_axis] for axis, of_axis in zip("xy", ends, strict=True)}
 
     def title(step: int) -> str:
         held = toy.held(models.toys)[step].item()
@@ -136,7 +141,7 @@ def phase_figure(models: Models, grid: tuple[int, int]) -> go.Figure:
     fig.update_xaxes(title="share of draws with a feature", tickvals=np.log10(ticks), ticktext=[f"{v:.0%}" for v in ticks],
                      range=[x.max() + step, x.min() - step])
     fig.update_yaxes(tickvals=[-1, -0.5, 0, 0.5, 1], ticktext=["0.1", "0.3", "1", "3", "10"])
-    fig.update_yaxes(title="importance of the second over that of the first", col=1)
+    fig.update_yaxes(title="importance, second over first", col=1)
     return fig.update_layout(legend={"orientation": "h", "y": -0.2}, height=540)
 
 
@@ -148,15 +153,16 @@ def neurons_figure(cross_entropy: Tensor, squared_error: Tensor) -> go.Figure:
     for column, (losses, form) in enumerate(zip((cross_entropy, squared_error), forms, strict=True), start=1):
         mean, shown = losses.mean(1), column == 1
         exact = [form(n, shared) for shared in range(n + 1)]
+        above = ["top center", *["bottom center"] * (n - 1), "top center"]
         fig.add_scatter(x=list(range(n + 1)), y=exact, mode="lines+markers+text", name="closed form", showlegend=shown,
-                        text=[f"{value:.3f}" for value in exact], textposition="top center", line={"dash": "dot", "color": GREY},
+                        text=[f"{value:.3f}" for value in exact], textposition=above, line={"dash": "dot", "color": GREY},
                         marker={"symbol": "line-ew-open", "size": 26, "line": {"width": 2}}, row=1, col=column)
         fig.add_scatter(x=list(range(n + 1)), y=mean, mode="markers", name="trained", showlegend=shown, row=1, col=column,
                         error_y={"array": losses.amax(1) - mean, "arrayminus": mean - losses.amin(1)},
                         marker={"size": 9, "color": COLOURS[0]})
         fig.update_yaxes(range=[0, 1.15 * max(exact)], row=1, col=column)
     fig.update_xaxes(title=f"features of {n} on which the neuron fires", dtick=1)
-    return fig.update_layout(legend={"x": 0.5, "xanchor": "center", "y": 0.05})
+    return fig.update_layout(legend={"orientation": "h", "y": -0.18})
 
 
 # --- dictionaries on known features ----------------------------------------------------------------------------------
@@ -170,7 +176,7 @@ def cosines_figure(recovery: Recovery, width: int, coefficients: Sequence[float]
         order = np.concatenate([order[order >= 0], np.setdiff1d(np.arange(width), order)])
         found = recovery.table[(recovery.table.truth == 0) & (recovery.table.width == width) & (recovery.table.l1 == l1)].iloc[0]
         note = f"MMCS {found.mmcs:.3f}, F1 {found.f1:.2f}, explained variance {found.explained:.1%}, L0 {found.l0:.1f}"
-        return (rows[order] @ recovery.truth.T).clamp(-1, 1).numpy().round(2).tolist(), note
+        return _plain(rows[order] @ recovery.truth.T, 2), note
 
     z, note = at(coefficients[active])
     fig = go.Figure(go.Heatmap(z=z, zmin=-1, zmax=1, colorscale="RdBu", colorbar={"title": "cosine"},

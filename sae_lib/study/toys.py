@@ -20,7 +20,7 @@ from sae_lib.metrics import ReconstructionMetrics, mmcs
 from sae_lib.sae import SAE, SAEConfig
 from sae_lib.seeds import generator
 from sae_lib.study.pipeline import Study
-from sae_lib.toy import NeuronRuns, ToyConfig, Toys
+from sae_lib.toy import Errors, NeuronRuns, ToyConfig, Toys
 from sae_lib.toy_features import FeatureConfig, KnownFeatures
 from sae_lib.train import TrainConfig, train_sae
 
@@ -37,12 +37,11 @@ class Models(NamedTuple):
     toys: Toys
     density: Float[Tensor, " models"]
     importance: Float[Tensor, "models features"]
-    errors: Float[Tensor, "models features"]
-    """Mean squared error of each feature on fresh draws."""
+    errors: Errors
 
     @property
     def losses(self) -> Float[Tensor, " models"]:
-        return (self.errors * self.importance).sum(1)
+        return (self.errors.squared * self.importance).sum(1)
 
 
 # --- superposition ---------------------------------------------------------------------------------------------------
@@ -57,12 +56,14 @@ def _models(study: Study, name: str, density: Tensor, importance: Tensor, config
 
     def make(out: Path, _: Path) -> None:
         toys = toy.train_toys(density, importance, config, relu)
-        save_file({"W": toys.W, "b": toys.b, "errors": toy.squared_errors(toys, density, study.seed)}, out / "toys.safetensors")
+        found = toy.measure(toys, density, study.seed)
+        save_file({"W": toys.W, "b": toys.b, **found._asdict()}, out / "toys.safetensors")
 
     everything = {"toy": config, "density": density.tolist(), "importance": importance.tolist(), "relu": relu}
     artefact = study.store.stage(f"toy_{name}", everything, make)
     found = load_file(artefact.path / "toys.safetensors")
-    return Models(Toys(found["W"], found["b"], relu), density, importance, found["errors"])
+    errors = Errors(found["squared"], found["variance"])
+    return Models(Toys(found["W"], found["b"], relu), density, importance, errors)
 
 
 def crowd(study: Study, relu: bool) -> Models:
@@ -165,8 +166,9 @@ def recovery(study: Study) -> Recovery:
     tensors = load_file(artefact.path / "directions.safetensors")
     best = tensors.pop("best").numpy()
     spelled = {tuple(json.loads(f"[{name.replace('/', ',')}]")): value.float() for name, value in tensors.items()}
-    return Recovery(pd.read_json(artefact.path / "table.json", orient="records"), best, spelled,
-                    KnownFeatures(truths(study)[0], sizes.training.batch_size).directions)
+    # Coefficients are looked up by value.
+    table = pd.read_json(artefact.path / "table.json", orient="records", precise_float=True)
+    return Recovery(table, best, spelled, KnownFeatures(truths(study)[0], sizes.training.batch_size).directions)
 
 
 def _train(known: KnownFeatures, settings: Sequence[tuple[int, float]], training: TrainConfig) -> list[SAE]:
