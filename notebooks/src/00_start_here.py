@@ -74,6 +74,7 @@ study.show(fig, "00-superposition",
 #
 # | notebook | question |
 # |---|---|
+# | [01 · toy model](01_toy_model.ipynb) | how can there be more features than neurons, and are known ones found? |
 # | [02 · corpus and transformer](02_corpus_and_transformer.ipynb) | what is the model, and do its neurons mean anything? |
 # | [03 · training the dictionary](03_training_the_dictionary.ipynb) | can 512 neurons be written as few of 4,096 directions? |
 # | [04 · four features](04_four_features.ipynb) | is there a feature that *is* Arabic script, or DNA? |

@@ -5,8 +5,30 @@ from dataclasses import dataclass, replace
 from sae_lib.activations import StreamConfig
 from sae_lib.corpus import CorpusConfig
 from sae_lib.tokens import TokenConfig
+from sae_lib.toy import ToyConfig
+from sae_lib.toy_features import FeatureConfig
 from sae_lib.train import TrainConfig
 from sae_lib.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class ToySizes:
+    """Sizes of notebook 01: toy models of superposition, and dictionaries on activations of known features."""
+
+    crowd: ToyConfig = ToyConfig(n_features=20, n_hidden=5)
+    plane: ToyConfig = ToyConfig(n_features=5, n_hidden=2, restarts=4)
+    pair: ToyConfig = ToyConfig(n_features=2, n_hidden=1, n_steps=1000, batch_size=256, restarts=4)
+    n_densities: int = 10  # from features that are always there to features in 1 of 100 draws
+    pair_grid: tuple[int, int] = (13, 11)  # densities and importances
+    starts: int = 3  # trainings of each toy model, and truths that dictionaries are trained on
+    truth: FeatureConfig = FeatureConfig()
+    widths: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95, 1.0, 1.05, 1.1, 1.5, 2.0)  # of dictionaries, in true numbers of features
+    l1: tuple[float, ...] = (0.1, 0.35, 0.7, 1.4)
+    main_l1: float = 0.7
+    # Of tiny matrices bfloat16 saves no time.
+    training: TrainConfig = TrainConfig(n_activations=600_000, batch_size=512, lr=4e-3, lr_warmup=0.05, lr_decay=0.5,
+                                        birth_density=0.05, resample_inputs=8192, precision="float32")
+    test_rows: int = 4096
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,7 @@ class Profile:
     scored_units: int  # units of each kind that are explained
     component_sample: int  # activations that PCA and ICA are fitted to
     bootstrap: int  # draws
+    toy: ToySizes = ToySizes()
 
     @property
     def d_sae(self) -> int:
@@ -81,6 +104,14 @@ SMOKE = replace(
     scored_units=16,
     component_sample=2048,
     bootstrap=200,
+    toy=ToySizes(
+        crowd=ToyConfig(n_features=8, n_hidden=2, n_steps=200, batch_size=128),
+        plane=ToyConfig(n_features=5, n_hidden=2, n_steps=200, batch_size=128),
+        pair=ToyConfig(n_features=2, n_hidden=1, n_steps=200, batch_size=64, restarts=2),
+        n_densities=4, pair_grid=(5, 3), truth=FeatureConfig(d_in=8, n_features=12, active=1.5), widths=(0.75, 1.0, 1.5),
+        l1=(0.2, 0.7), test_rows=1024,
+        training=TrainConfig(n_activations=32_000, batch_size=256, lr=1e-2, lr_warmup=0.05, lr_decay=0.5, birth_density=0.05,
+                             resample_inputs=1024, precision="float32")),
 )
 
 PAPER = replace(
@@ -101,6 +132,9 @@ PAPER = replace(
     scored_contexts=4096,
     scored_units=150,
     component_sample=1_000_000,
+    # The sizes of Cunningham et al.'s toy data.
+    toy=ToySizes(truth=FeatureConfig(d_in=256, n_features=512, active=5.0),
+                 training=replace(ToySizes.training, n_activations=16_000_000, batch_size=4096, lr=1e-3)),
 )
 
 PROFILES = {profile.name: profile for profile in (SMOKE, WORKSHOP, PAPER)}
