@@ -70,7 +70,7 @@ def matrices_figure(linear: Models, relu: Models, active: int) -> go.Figure:
     for step in range(n):
         grams, titles = at(step)
         steps.append([{"z": grams}, {f"annotations[{i}].text": title for i, title in enumerate(titles)}, [0, 1]])
-    labels = [spelled(relu.density[i]) for i in range(n)]
+    labels = [spelled(density) for density in relu.density[:n].tolist()]
     return _slider(fig, labels, steps, "a feature is there: ", active).update_layout(height=590)
 
 
@@ -118,7 +118,7 @@ def plane_figure(models: Models, active: int) -> go.Figure:
     fig.update_yaxes(title="second hidden number", scaleanchor="x")
     fig.add_annotation(text=title(active), x=0.5, y=1.07, xref="paper", yref="paper", showarrow=False)
     steps = [[at(step), {"annotations[0].text": title(step)}, list(range(features))] for step in range(n)]
-    labels = [spelled(density) for density in models.density]
+    labels = [spelled(density) for density in models.density.tolist()]
     return _slider(fig, labels, steps, "a feature is there: ", active).update_layout(height=640, width=760)
 
 
