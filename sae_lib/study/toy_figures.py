@@ -204,7 +204,8 @@ def bounce_figure(table: pd.DataFrame, n_features: int, active: int) -> go.Figur
         x = [*(1 - path.explained for path in paths), 1 - mean.explained, 1 - true.explained]
         y = [*(path.bits for path in paths), mean.bits, true.bits]
         least = toy_features.bounce(mean.width.tolist(), mean.bits.tolist())
-        texts = [""] * len(paths) + [[str(width) for width in mean.width], ""]
+        # Where widths lie close together only the star is named.
+        texts = [""] * len(paths) + [[str(width) * (abs(width / n_features - 1) > 0.08) for width in mean.width], ""]
         data = {"x": [column.round(4).tolist() for column in x], "y": [column.round(2).tolist() for column in y], "text": texts}
         return data, f"least information with {least} features; true are {n_features}"
 
