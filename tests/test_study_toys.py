@@ -1,5 +1,6 @@
 """Notebook 01's artefacts: made once, loaded afterwards, drawn with sliders that need no kernel."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_a_slider_holds_what_each_of_its_positions_shows(study):
             assert key.startswith("annotations[")
             shown.layout.annotations[int(key.split("[")[1].split("]")[0])].text = value
         # The position that is marked is the one that is drawn.
-        assert shown.to_json() == fig.to_json()
+        assert json.loads(shown.to_json()) == json.loads(fig.to_json())
         others = [step.args[0] for i, step in enumerate(slider.steps) if i != slider.active]
         assert others and all(other != data for other in others)
 
