@@ -241,7 +241,8 @@ print(f"MMCS {m.value:.3f} ({m.low:.3f} to {m.high:.3f}), F1 {true.f1.mean():.2f
 # %% [markdown]
 # ## 6 · Too narrow, too wide
 #
-# **Claim.** Recovery is best about the true number, and MMCS, its reverse and F1 each tell another half of the story.
+# **Claim.** MMCS is best about the true number. Its reverse and F1 say what is missing, and forgive a surplus: a feature too many
+# costs them nothing.
 #
 # **Predict.** Which of the three falls for dictionaries that are too wide, and which for those that are too narrow?
 
