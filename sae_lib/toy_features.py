@@ -154,4 +154,13 @@ def total_information(experiments: Sequence[Coded]) -> list[float]:
 
 def bounce(widths: Sequence[int], bits: Sequence[float]) -> int:
     """The width with the least information: with fewer features each says less of what there is, with more they say it twice."""
-    return int(widths[int(np.argmin(bits))])
+    return int(widths[int(np.nanargmin(bits))])
+
+
+def bits_at(level: float, explained: Sequence[float], bits: Sequence[float]) -> float:
+    """Bits at which dictionaries of one width, of several L1 coefficients, would explain `level` of the variance.
+
+    Interpolated between those that explain less and more; nan if all explain less, or all more.
+    """
+    order = np.argsort(explained)
+    return float(np.interp(level, np.asarray(explained)[order], np.asarray(bits)[order], left=np.nan, right=np.nan))

@@ -1,5 +1,6 @@
 """Notebook 01's artefacts: made once, loaded afterwards, drawn with sliders that need no kernel."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -92,9 +93,12 @@ def test_a_slider_holds_what_each_of_its_positions_shows(study):
             assert key.startswith("annotations[")
             shown.layout.annotations[int(key.split("[")[1].split("]")[0])].text = value
         # The position that is marked is the one that is drawn.
-        assert shown.to_json() == fig.to_json()
-        others = [step.args[0] for i, step in enumerate(slider.steps) if i != slider.active]
-        assert others and all(other != data for other in others)
+        assert json.loads(shown.to_json()) == json.loads(fig.to_json())
+        assert len(slider.steps) > 1
+    # Densities make a difference however short the training.
+    for fig in figures[:2]:
+        shown = [json.dumps(step.args[0]) for step in fig.layout.sliders[0].steps]
+        assert len(set(shown)) == len(shown)
 
 
 def test_the_other_figures_show_all_models(study):

@@ -83,6 +83,13 @@ def test_all_factorisations_are_coded_in_the_same_bins():
 
 def test_the_bounce_is_the_least():
     assert toy_features.bounce([4, 6, 8, 16], [9.0, 5.0, 6.0, 12.0]) == 6
+    assert toy_features.bounce([4, 6, 8], [math.nan, 5.0, 6.0]) == 6
+
+
+def test_bits_at_equal_error_lie_between_those_measured():
+    assert toy_features.bits_at(0.7, [0.9, 0.6, 0.2], [40.0, 10.0, 5.0]) == pytest.approx(20)
+    assert math.isnan(toy_features.bits_at(0.95, [0.9, 0.6], [40.0, 10.0]))
+    assert math.isnan(toy_features.bits_at(0.5, [0.9, 0.6], [40.0, 10.0]))
 
 
 def test_the_studys_own_training_recovers_the_truth_at_the_true_width():

@@ -241,7 +241,8 @@ print(f"MMCS {m.value:.3f} ({m.low:.3f} to {m.high:.3f}), F1 {true.f1.mean():.2f
 # %% [markdown]
 # ## 6 · Too narrow, too wide
 #
-# **Claim.** Recovery is best about the true number, and MMCS, its reverse and F1 each tell another half of the story.
+# **Claim.** MMCS is best about the true number. Its reverse and F1 say what is missing, and forgive a surplus: a feature too many
+# costs them nothing.
 #
 # **Predict.** Which of the three falls for dictionaries that are too wide, and which for those that are too narrow?
 
@@ -268,7 +269,7 @@ by_hand = 2 * 1 + 2 * 2  # two entries with probability 1/2, a bit each; two wit
 assert toy_features.histogram_bits(torch.tensor([0.0, 0.0, 0.4, 0.8]), 0.0, 1.0) == by_hand
 
 # %% [markdown]
-# **Predict.** If λ is far too small, where will the bounce be?
+# **Predict.** If λ is far too small, or too large, where will the bounce be?
 
 # %%
 def least(part):
@@ -284,18 +285,30 @@ study.show(toy_figures.bounce_figure(table, config.n_features, coefficients.inde
            alt=f"Total information against unexplained variance, along dictionaries from narrow to wide, with a slider over λ. At λ = {sizes.main_l1:g} it is least with "
                f"{', '.join(map(str, at_main))} features; the true number is {config.n_features}.")
 
+# %% [markdown]
+# The slider also shows where there is no bounce: a narrow dictionary writes less if it may leave more out, and λ decides how much. So
+# compare at *equal* error: for each width, interpolate between its values of λ to the same explained variance.
+
+# %%
+level = main.explained.median()
+equal = pd.DataFrame({truth: {width: toy_features.bits_at(level, one.explained, one.bits) for width, one in part.groupby("width")}
+                      for truth, part in table.groupby("truth")})
+at_equal = [toy_features.bounce(equal.index.tolist(), equal[truth].tolist()) for truth in equal if equal[truth].notna().any()]
+print(f"bits at {level:.1%} explained variance; least with " + (", ".join(map(str, at_equal)) or "none: no width reaches it") + " features")
+equal.round(1).rename_axis("width").rename(columns=lambda truth: f"truth {truth + 1}")
+
 # %%
 others = "; ".join(f"{l1:g}: {', '.join(map(str, part.least))}" for l1, part in bounces[bounces.l1 != sizes.main_l1].groupby("l1"))
 tried = sorted(main.width.unique())
 row("01.bounce_error", claim="The information bounces at the true number of features: relative error of the number", paper="figure only",
     paper_source="Circuits Updates, May 2023", ours=errors.mean(), low=errors.min(), high=errors.max(), seeds=len(errors),
     verdict="reproduced" if errors.max() <= 0.1 else "partly" if errors.mean() <= 0.1 else "not",
-    caveat=f"λ = {sizes.main_l1:g}; widths tried: {', '.join(map(str, tried))}; from the least to the greatest error; least information at other λ: {others}")
-bounces.pivot(index="l1", columns="truth", values="least").rename_axis("λ")
+    caveat=f"λ = {sizes.main_l1:g}; widths tried: {', '.join(map(str, tried))}; from the least to the greatest error; least information at equal error with "
+           f"{', '.join(map(str, at_equal)) or 'no'} features; at other λ with {others}")
 
 # %% [markdown]
-# None of these dictionaries is narrower than the activations; that would write less because it leaves more out. On real text the
-# paper found that total information did *not* go with interpretability: there is no truth of one size to bounce at.
+# On real text the paper found that total information did *not* go with interpretability: there is no truth of one size to
+# bounce at.
 #
 # ## 8 · The best reconstruction is not the best recovery
 #

@@ -70,7 +70,7 @@ def matrices_figure(linear: Models, relu: Models, active: int) -> go.Figure:
     for step in range(n):
         grams, titles = at(step)
         steps.append([{"z": grams}, {f"annotations[{i}].text": title for i, title in enumerate(titles)}, [0, 1]])
-    labels = [spelled(relu.density[i]) for i in range(n)]
+    labels = [spelled(density) for density in relu.density[:n].tolist()]
     return _slider(fig, labels, steps, "a feature is there: ", active).update_layout(height=590)
 
 
@@ -118,7 +118,7 @@ def plane_figure(models: Models, active: int) -> go.Figure:
     fig.update_yaxes(title="second hidden number", scaleanchor="x")
     fig.add_annotation(text=title(active), x=0.5, y=1.07, xref="paper", yref="paper", showarrow=False)
     steps = [[at(step), {"annotations[0].text": title(step)}, list(range(features))] for step in range(n)]
-    labels = [spelled(density) for density in models.density]
+    labels = [spelled(density) for density in models.density.tolist()]
     return _slider(fig, labels, steps, "a feature is there: ", active).update_layout(height=640, width=760)
 
 
@@ -204,7 +204,8 @@ def bounce_figure(table: pd.DataFrame, n_features: int, active: int) -> go.Figur
         x = [*(1 - path.explained for path in paths), 1 - mean.explained, 1 - true.explained]
         y = [*(path.bits for path in paths), mean.bits, true.bits]
         least = toy_features.bounce(mean.width.tolist(), mean.bits.tolist())
-        texts = [""] * len(paths) + [[str(width) for width in mean.width], ""]
+        # Where widths lie close together only the star is named.
+        texts = [""] * len(paths) + [[str(width) * (abs(width / n_features - 1) > 0.08) for width in mean.width], ""]
         data = {"x": [column.round(4).tolist() for column in x], "y": [column.round(2).tolist() for column in y], "text": texts}
         return data, f"least information with {least} features; true are {n_features}"
 
