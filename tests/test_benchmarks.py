@@ -12,10 +12,10 @@ from benchmarks.arithmetic import (
     rate,
     ratio,
     row,
-    table,
     unit_norm_scale,
 )
 from benchmarks.measure import Arm, alternate
+from benchmarks.report import table
 
 
 def test_a_rate_is_the_median_over_rounds_of_each_rounds_mean_step():

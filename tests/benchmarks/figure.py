@@ -9,8 +9,8 @@ from plotly.subplots import make_subplots
 from sae_lib.study.paths import write_atomic
 
 LABELS = {"project": "project", "saelens_fp32": "SAELens, float32", "saelens_bf16": "SAELens, bf16 autocast",
-          "dictionary_learning": "dictionary_learning"}
-COLOURS = dict(zip(LABELS, ("#0072b2", "#e69f00", "#d55e00", "#009e73"), strict=True))
+          "saelens_bf16_compiled": "SAELens, bf16, compiled", "dictionary_learning": "dictionary_learning"}
+COLOURS = dict(zip(LABELS, ("#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73"), strict=True))
 
 
 def draw(result: dict) -> go.Figure:
