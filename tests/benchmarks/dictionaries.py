@@ -34,7 +34,7 @@ def contestants(b: Benchmark, batch: int, d_sae: int, warmup: int, k: int | None
 
 
 def begin(b: Benchmark, id_: str, everyone: Contestants) -> Contestants:
-    """Begin all trainings; those remain that can be begun, and whose loss is the first one's from the first one's weights."""
+    """Begin all trainings; those remain that can make a step, and whose loss is the first one's from the first one's weights."""
     weights, remaining, first = str(b.folder / "weights.npz"), {}, None
     for name, (worker, how) in everyone.items():
         try:
@@ -42,6 +42,7 @@ def begin(b: Benchmark, id_: str, everyone: Contestants) -> Contestants:
             if first is None:
                 b.workers[worker].ask("export", name=name, path=weights)
             loss = b.workers[worker].ask("loss", name=name, path=weights)["loss"]
+            b.workers[worker].ask("steps", name=name, steps=1)
         except WorkerError as error:
             b.note(f"{id_}: {name} is left out, for {error}")
             continue

@@ -72,6 +72,7 @@ def serve(operations: dict[str, Callable[..., dict]]) -> None:
             answer = operations[request.pop("operation")](**request)
         except Exception as error:
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            first_line = next(iter(str(error).splitlines()), "")[:160]
+            answer = {"error": f"{type(error).__name__}: {first_line}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
