@@ -27,8 +27,9 @@ from sae_lib.seeds import generator
 Transformer = TransformerBridge
 MlpEdit = Callable[[Tensor], Tensor]
 Parameters = dict[str, Tensor]
-# On CPUs the backward pass of torch's fused attention takes twice as long as one with its scores in memory, while these are few.
-EXPLICIT_CTX = 512
+# On CPUs torch's fused attention takes longer, back twice as long, than one whose scores are in memory for so many positions at a
+# time: those scores stay in cache, and what is later than all of these positions is not looked at. The way back wants few pieces.
+ATTENTION_BLOCK, ATTENTION_BLOCK_WITH_GRADIENT = 64, 512
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,22 @@ def attention(p: Parameters, layer: str, x: Tensor, n_heads: int) -> Tensor:
         return linear(p, f"{layer}.attn.{name}", x).unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
     q, k, v = heads("q"), heads("k"), heads("v")
-    if torch.is_grad_enabled() and not q.is_cuda and q.shape[2] <= EXPLICIT_CTX:
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        z = torch.softmax(scores + torch.full_like(scores[0, 0], -torch.inf).triu(1), -1) @ v
-    else:
+    if q.is_cuda:
         z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        size = ATTENTION_BLOCK_WITH_GRADIENT if torch.is_grad_enabled() else ATTENTION_BLOCK
+        pieces = (q * q.shape[-1] ** -0.5).split(size, 2)
+        z = torch.cat([_attend(few, k[:, :, :(i + 1) * size], v[:, :, :(i + 1) * size]) for i, few in enumerate(pieces)], 2)
     return linear(p, f"{layer}.attn.o", z.transpose(1, 2).flatten(-2))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What the last positions, whose queries these are, take from all."""
+    n = q.shape[2]
+    later = q.new_full((n, n), -torch.inf).triu(1)
+    scores = q @ k.mT
+    scores[..., -n:] += later
+    return torch.softmax(scores, -1) @ v
 
 
 def before_last_mlp(p: Parameters, tokens: Tensor, n_heads: int, n_layers: int) -> Tensor:

@@ -12,10 +12,12 @@ from benchmarks.arithmetic import (
     rate,
     ratio,
     row,
-    table,
     unit_norm_scale,
 )
-from benchmarks.measure import Arm, alternate
+from benchmarks.dictionaries import begin
+from benchmarks.measure import QUICK, Arm, Benchmark, alternate
+from benchmarks.protocol import FOLDER, WorkerError
+from benchmarks.report import BEGIN, END, into_readme, short_table, table
 
 
 def test_a_rate_is_the_median_over_rounds_of_each_rounds_mean_step():
@@ -80,6 +82,69 @@ def test_a_row_and_its_line_of_the_table():
     lines = table([found, alone]).splitlines()
     assert lines[2] == "| sae_step.relu.8x.vs_peer | 30,000 | 6,000 | 5 (4.5 to 5.5) | activations/s | note |"
     assert lines[3] == "| harvest.tokens_per_second | 400,000 | - | - | tokens/s |  |"
+
+
+ROWS = [row("sae_step.relu.8x.vs_saelens_fp32", 30_000, 6_000, 5.0, "activations/s", 4.5, 5.5),
+        row("harvest.tokens_per_second", 4e5, None, None, "tokens/s", 3.9e5, 4.1e5),
+        row("sae_step.relu.8x.dense.vs_saelens_fp32", 20_000, 6_000, 3.3, "activations/s", 3, 4)]
+
+
+def test_the_readmes_table_has_the_rows_that_there_are_in_words():
+    assert short_table(ROWS).splitlines()[2:] == [
+        "| dictionary step, 512 to 4,096 | 30,000 activations/s | SAELens, float32 | 6,000 activations/s | 5.00 (4.5 to 5.5) |",
+        "| harvest, 64 of 256 positions kept | 400,000 tokens/s |  |  |  |"]
+
+
+def test_the_readmes_table_is_replaced_and_nothing_else(tmp_path):
+    result = {"machine": {"processor": "P", "threads": 2, "ram_gb": 8, "bfloat16": "AMX"}, "date": "2026-01-02", "quick": False,
+              "processor_time": False, "versions": {"torch": "2", "peers": {}}, "data": {}, "rows": ROWS}
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        into_readme(result, readme)
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n| what |") and text.endswith(f"\n{END}\nafter\n")
+    assert "old" not in text and text.count("2026-01-02") == 1 and "bfloat16 by AMX" in text
+    readme.write_text("no place")
+    with pytest.raises(ValueError, match="no place for the table"):
+        into_readme(result, readme)
+
+
+def test_the_projects_readme_has_a_place_for_the_table():
+    text = (FOLDER.parent.parent / "README.md").read_text()
+    assert text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)
+
+
+class FakeWorker:
+    """Answers `loss` with what its training is to have."""
+
+    def __init__(self, losses: dict[str, float]):
+        self.losses, self.asked = losses, []
+
+    def ask(self, operation: str, name: str = "", **_: object) -> dict:
+        self.asked.append((operation, name))
+        if self.losses[name] is None:
+            raise WorkerError("it cannot.")
+        return {"loss": self.losses[name]}
+
+
+def test_only_those_who_compute_the_same_loss_are_compared(tmp_path):
+    worker, said = FakeWorker({"project": 200.0, "near": 201.0, "far": 210.0, "broken": None}), []
+    b = Benchmark(QUICK, tmp_path, start=None, peers=True, say=said.append, workers={"any": worker})
+    remaining = begin(b, "id", {name: ("any", {}) for name in worker.losses})
+    assert list(remaining) == ["project", "near"] and ("drop", "far") in worker.asked
+    assert said == ["id: far is left out, for its loss is 210 where project's is 200.", "id: broken is left out, for it cannot."]
+    assert [(entry["name"], entry["relative"]) for entry in b.losses] == [("project", 1.0), ("near", 1.005), ("far", 1.05)]
+
+
+def test_the_share_of_bare_products_counts_operations(tmp_path):
+    # Bare products take 2 s for 5 * 2 * 1024 * 512 * 4096 operations; the arm needs half as many and takes 4 s.
+    b = Benchmark(QUICK, tmp_path, start=None, peers=False, say=lambda _: None, data={"d_in": 512})
+    bare = product_operations(1024, 512, 4096)
+    b.record("id", {"project": [[4.0]], "own_matmuls": [[2.0]]}, 100, "tokens/s", 4096, bare / 2)
+    project, products = b.measurements
+    assert project["median"] == 25 and project["share_of_products"] == 0.25
+    assert products["gflop_per_second"] == pytest.approx(bare / 2 / 1e9)
 
 
 def test_one_sentence_when_the_peers_cannot_be_installed(tmp_path, monkeypatch):

@@ -72,13 +72,3 @@ def row(id_: str, project: float, peer: float, value: float, unit: str, low: flo
 
 def _digits(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
-
-
-def table(rows: list[dict]) -> str:
-    """The rows in Markdown."""
-    lines = ["| id | project | peer | ratio (slowest to fastest round) | unit | |", "|---|---|---|---|---|---|"]
-    for r in rows:
-        spread = f" ({r['low']:g} to {r['high']:g})" if r["low"] is not None else ""
-        peer, value = ("-" if r[key] is None else f"{r[key]:,g}" for key in ("peer", "ratio"))
-        lines.append(f"| {r['id']} | {r['project']:,g} | {peer} | {value}{spread} | {r['unit']} | {r['note']} |")
-    return "\n".join(lines)

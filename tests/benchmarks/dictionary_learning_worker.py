@@ -40,7 +40,11 @@ class DictionaryLearning(Training):
 
     def weights(self) -> dict[str, Tensor]:
         ae = self.trainer.ae
-        return {"W_enc": ae.encoder.weight.T, "b_enc": ae.encoder.bias, "W_dec": ae.decoder.weight.T, "b_dec": ae.bias}
+        b_dec = ae.b_dec if isinstance(self.trainer, TopKTrainer) else ae.bias
+        return {"W_enc": ae.encoder.weight.T, "b_enc": ae.encoder.bias, "W_dec": ae.decoder.weight.T, "b_dec": b_dec}
+
+    def loss(self, x: Tensor) -> float:
+        return self.trainer.loss(x * self.scale, step=0).item()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def environment(folder: Path, log: Path, say: Callable[[str], object]) -> tuple[
     if stamp.exists() and stamp.read_text() == wanted and python.exists():
         return str(python), ""
     say(f"Making {folder} with the peers; about 2 GB are downloaded once.")
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
     commands = [[sys.executable, "-m", "venv", "--clear", str(folder)],
                 [*pip, f"torch=={torch}"],
                 [*pip, f"torch=={torch}", "-r", str(WITH_DEPENDENCIES)],

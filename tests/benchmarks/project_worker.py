@@ -1,7 +1,7 @@
 """The project, stepping as `train_sae` and `train_transformer` do, and the judge of everyone's dictionaries."""
 
 import resource
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from sae_lib.activations import ActivationStream, StreamConfig
 from sae_lib.precision import low_precision
-from sae_lib.pretrain import train_transformer
+from sae_lib.pretrain import loss_gradients, train_transformer
 from sae_lib.sae import SAEConfig
 from sae_lib.step import SPARSE_L0, LossGradient, adam_step
 from sae_lib.tokens import TokenData
 from sae_lib.train import TrainConfig, initial_state
-from sae_lib.transformer import TransformerConfig, build, load_transformer
+from sae_lib.transformer import TransformerConfig, build, load_transformer, mlp_activations, parameters
 
-from .protocol import serve
+from .protocol import clock, serve
 from .trainings import Training, Trainings
 
 EVALUATED = 1024  # rows whose features are in memory at once
@@ -36,12 +36,13 @@ class _Pool:
 class Project(Training):
     """`birth_density` None begins as the paper does, with half of the features active; a number, as the study's profile does."""
 
-    def __init__(self, pool: np.ndarray, batch_size: int, d_sae: int, lr: float, warmup: int, l1_coefficient: float,
-                 birth_density: float | None):
+    def __init__(self, pool: np.ndarray, batch_size: int, d_sae: int, lr: float, warmup: int, l1_coefficient: float = 0.0,
+                 birth_density: float | None = None, k: int | None = None):
         self.lr, self.warmup, self.l1_coefficient = lr, warmup, l1_coefficient
-        self.config = TrainConfig(n_activations=batch_size, batch_size=batch_size)
-        self.state = initial_state(_Pool(pool), SAEConfig(pool.shape[1], d_sae), birth_density)
-        self.gradient, self.scale, self.l0 = LossGradient(self.state.p, self.config.dtype), self.state.scale, None
+        self.config, rule = TrainConfig(n_activations=batch_size, batch_size=batch_size), _rule(k)
+        self.state = initial_state(_Pool(pool), SAEConfig(pool.shape[1], d_sae), birth_density, *rule)
+        self.gradient = LossGradient(self.state.p, self.config.dtype, *rule)
+        self.scale, self.l0 = self.state.scale, None
 
     def step(self, x: Tensor, sparse: bool | None = None) -> None:
         """As one turn of `train_sae`'s loop; `sparse` False asks for the dense way whatever the number of active features."""
@@ -56,25 +57,52 @@ class Project(Training):
         state.last_fired[sums.fired > 0] = state.step
         self.l0 = state.l0 = float(sums.fired.sum()) / len(x)
 
+    def loss(self, x: Tensor) -> float:
+        sums = self.gradient.add(x, self.l1_coefficient, self.scale, sparse=self.state.l0 < 0.75 * SPARSE_L0)
+        for gradient in self.gradient.grads:
+            gradient.zero_()
+        return (sums.squared_error + self.l1_coefficient * sums.l1) / len(x)
+
     def weights(self) -> dict[str, Tensor]:
         p = self.state.p
         return {"W_enc": p.W_enc_T.T, "b_enc": p.b_enc, "W_dec": p.W_dec, "b_dec": p.b_dec}
 
 
+def _rule(k: int | None) -> list:
+    """What chooses the activations, if it is not the ReLU."""
+    if k is None:
+        return []
+    try:
+        from sae_lib.variants import TopK
+    except ImportError as error:
+        raise NotImplementedError("the project has no TopK yet") from error
+    return [TopK(k)]
+
+
 # --- what the machine can do -------------------------------------------------------------------------------------------
 
-def products(batch: int, d_in: int, d_sae: int, dtype: str | None = None) -> dict:
-    """Seconds of the five matrix products of a step, each from and into memory that is already there."""
-    kind = low_precision() if dtype is None else getattr(torch, dtype)
-    x, out, f = (torch.randn(batch, n).to(kind) for n in (d_in, d_in, d_sae))
-    W, grad, pre = torch.randn(d_in, d_sae).to(kind), torch.empty(d_in, d_sae, dtype=kind), torch.empty_like(f)
-    began = time.perf_counter()
-    torch.mm(x, W, out=pre)
-    torch.mm(f, W.T, out=out)
-    torch.mm(x, W, out=pre)
-    torch.mm(x.T, f, out=grad)
-    torch.mm(x.T, f, out=grad)
-    return {"times": [time.perf_counter() - began], "dtype": str(kind).removeprefix("torch.")}
+_products: dict = {}
+
+
+def products(batch: int, d_in: int, d_sae: int, repeat: int = 1) -> dict:
+    """Seconds of the five matrix products of a step, in the precision of training, bare: everything lies where and as the
+    product likes it best, and in memory that has been written to before."""
+    if (kept := (batch, d_in, d_sae)) not in _products:
+        _products.clear()  # a wide dictionary's take gigabytes
+        kind = low_precision()
+        x, f, W = (torch.randn(*shape).to(kind) for shape in ((batch, d_in), (batch, d_sae), (d_sae, d_in)))
+        _products[kept] = x, f, W, torch.zeros_like(x), torch.zeros_like(f), torch.zeros_like(W)
+        products(batch, d_in, d_sae)
+    (x, f, W, out, pre, grad), times = _products[kept], []
+    for _ in range(repeat):
+        began = clock()
+        torch.mm(x, W.T, out=pre)
+        torch.mm(f, W, out=out)
+        torch.mm(x, W.T, out=pre)
+        torch.mm(f.T, x, out=grad)
+        torch.mm(f.T, x, out=grad)
+        times.append(clock() - began)
+    return {"times": times, "dtype": str(x.dtype).removeprefix("torch.")}
 
 
 def memory() -> dict:
@@ -131,32 +159,37 @@ def synthetic(n: int, seed: int, d_in: int = 512, features: int = 4096, active: 
 
 
 def harvest(contexts: int, kept: int, chunk: int) -> dict:
-    """Seconds of one chunk of contexts through the model, `kept` activations of each kept and shuffled."""
-    stream = ActivationStream(_opened["model"], _opened["contexts"], contexts * kept // 2,
+    """Seconds of one chunk of contexts through the model, `kept` activations of each shuffled and handed out in batches."""
+    stream = ActivationStream(_opened["model"], _opened["contexts"], contexts * kept // 8,
                               StreamConfig(tokens_per_context=kept, chunk_contexts=contexts))
-    began = time.perf_counter()
-    next(stream.batches(chunk % stream.chunks_per_pass * stream.batches_per_chunk))
-    return {"times": [time.perf_counter() - began], "tokens": contexts * _opened["config"].n_ctx}
+    began = clock()
+    batches = stream.batches(chunk % stream.chunks_per_pass * stream.batches_per_chunk)
+    for _ in range(stream.batches_per_chunk):
+        next(batches)
+    return {"times": [clock() - began]}
 
 
 @torch.no_grad()
 def harvest_bridge(contexts: int) -> dict:
-    """The same activations of every position from TransformerBridge's cache, float32, stopping at no later layer."""
-    model, config, n = _opened["model"], _opened["config"], 0
-    began = time.perf_counter()
+    """Seconds that TransformerBridge takes for the same activations, at every position, float32, in the order of the text."""
+    model, config = _opened["model"], _opened["config"]
+    began = clock()
     for tokens in _opened["contexts"][:contexts].long().split(32):
-        _, cache = model.run_with_cache(tokens, names_filter=config.hook_name)
-        n += cache[config.hook_name].numel()
-    return {"times": [time.perf_counter() - began], "tokens": n // config.d_mlp}
+        model.run_with_cache(tokens, names_filter=config.hook_name)
+    return {"times": [clock() - began]}
 
 
 def transformer_steps(steps: int) -> dict:
-    """Seconds a step of the project's transformer training, as its own log has them."""
+    """Seconds a step of the project's transformer training; a training of one step shows what its beginning takes."""
     base = _opened["config"]
-    per_step = base.batch_contexts * base.n_ctx
-    config = TransformerConfig(n_tokens=steps * per_step)
-    _, log = train_transformer(_opened["contexts"][:1024], config)
-    return {"times": [float(log["seconds"].iloc[-1]) / steps] * steps, "tokens": per_step}
+
+    def whole(n: int) -> float:
+        began = clock()
+        train_transformer(_opened["contexts"][:1024], replace(base, n_tokens=n * base.batch_contexts * base.n_ctx))
+        return clock() - began
+
+    beginning = whole(1)
+    return {"times": [(whole(steps + 1) - beginning) / steps] * steps}
 
 
 def bridge_steps(steps: int, autocast: bool) -> dict:
@@ -165,19 +198,43 @@ def bridge_steps(steps: int, autocast: bool) -> dict:
     if (kept := f"bridge-{autocast}") not in _opened:
         model = build(config)
         _opened[kept] = model, torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99),
-                                                 weight_decay=config.weight_decay)
+                                                 weight_decay=config.weight_decay, fused=True)
     (model, optimizer), times, n = _opened[kept], [], config.batch_contexts
     for i in range(steps):
         tokens = _opened["contexts"][i * n % 256:][:n].long()
-        began = time.perf_counter()
+        began = clock()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(tokens, return_type="loss")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter() - began)
-    return {"times": times, "tokens": n * config.n_ctx}
+        times.append(clock() - began)
+    return {"times": times}
+
+
+def same_model() -> dict:
+    """Whether project and bridge compute the same: the loss of each on a batch, and the length of the difference of the last
+    MLP's activations, as a share of the length of these."""
+    model, config = _opened["model"], _opened["config"]
+    tokens = _opened["contexts"][:8].long()
+    project, _ = loss_gradients(parameters(model), tokens, config.n_heads, config.n_layers, low_precision())
+    with torch.no_grad():
+        bridge = model(tokens, return_type="loss").item()
+        _, cache = model.run_with_cache(tokens, names_filter=config.hook_name)
+    theirs, stream = cache[config.hook_name], ActivationStream(model, tokens, 1, StreamConfig())
+    ours = mlp_activations(model, tokens, p=stream.parameters).float()
+    return {"losses": [project, bridge], "activations": ((ours - theirs).norm() / theirs.norm()).item()}
+
+
+def sizes() -> dict:
+    """What the transformer's training is made of: tokens of a step, and operations of the products that no way around them saves,
+    by token: forward and back, and as far as the activations that are harvested."""
+    c = _opened["config"]
+    layer = 2.0 * (4 * c.d_model ** 2 + c.d_model * c.n_ctx)  # of the scores only half is needed
+    mlp, out = 2.0 * c.d_model * c.d_mlp, 2.0 * c.d_model * c.d_vocab
+    return {"tokens": c.batch_contexts * c.n_ctx, "n_ctx": c.n_ctx, "attention": layer, "mlp": mlp,
+            "training": 3 * (c.n_layers * (layer + 2 * mlp) + out)}
 
 
 # --- the judge ---------------------------------------------------------------------------------------------------------
@@ -211,4 +268,5 @@ def judge(x: Tensor, weights: dict[str, Tensor], l1_coefficient: float, scale: f
 if __name__ == "__main__":
     serve(Trainings(Project).operations() | {
         "products": products, "memory": memory, "activations": activations, "harvest": harvest, "harvest_bridge": harvest_bridge,
-        "transformer_steps": transformer_steps, "bridge_steps": bridge_steps, "evaluate": evaluate})
+        "transformer_steps": transformer_steps, "bridge_steps": bridge_steps, "same_model": same_model, "sizes": sizes,
+        "evaluate": evaluate})

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
@@ -12,8 +13,9 @@ from .trainings import Training, Trainings
 
 
 class SAELens(Training):
-    def __init__(self, pool: np.ndarray, batch_size: int, d_sae: int, lr: float, warmup: int, scale: float, autocast: bool,
-                 l1_coefficient: float | None = None, k: int | None = None, sparse: bool = False):
+    def __init__(self, pool: np.ndarray, batch_size: int, d_sae: int, lr: float, warmup: int, scale: float,
+                 l1_coefficient: float | None = None, k: int | None = None, autocast: bool = False, compiled: bool = False,
+                 sparse: bool = False):
         torch.manual_seed(0)
         sizes = {"d_in": pool.shape[1], "d_sae": d_sae, "device": "cpu", "dtype": "float32", "apply_b_dec_to_input": True}
         if k is None:
@@ -22,6 +24,8 @@ class SAELens(Training):
         else:
             sae = TopKTrainingSAE(TopKTrainingSAEConfig(
                 **sizes, k=k, use_sparse_activations=sparse, normalize_activations="expected_average_only_in"))
+        if compiled:  # its option compile_sae
+            sae.training_forward_pass = torch.compile(sae.training_forward_pass, backend="inductor")
         config = SAETrainerConfig(total_training_samples=10 ** 9, train_batch_size_samples=batch_size, lr=lr, lr_end=lr,
                                   lr_warm_up_steps=warmup, device="cpu", autocast=autocast)
         self.trainer = SAETrainer(config, sae, data_provider=iter(()))
@@ -33,6 +37,13 @@ class SAELens(Training):
         self.trainer.maybe_reset_sparsity()
         self.trainer.step(x)
         self.trainer.n_training_steps += 1
+
+    def loss(self, x: Tensor) -> float:
+        trainer = self.trainer
+        with trainer.autocast_if_enabled:
+            return trainer.sae.training_forward_pass(TrainStepInput(
+                sae_in=trainer.activation_scaler(x), dead_neuron_mask=trainer.dead_neurons, n_training_steps=0,
+                coefficients=trainer.get_coefficients(), is_logging_step=False)).loss.item()
 
     def weights(self) -> dict[str, Tensor]:
         return {name: getattr(self.trainer.sae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
