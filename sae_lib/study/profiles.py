@@ -78,7 +78,7 @@ WORKSHOP = Profile(
                                lr_decay=0.4, birth_density=0.005, resample_inputs=131_072),
     held_out_contexts=1536,
     scored_contexts=768,
-    scored_units=300,
+    scored_units=512,
     component_sample=32_768,
     bootstrap=1000,
 )
