@@ -5,6 +5,7 @@ fire is left as it is; each gets one gain, and the bias one shift, that together
 through, so the result is a dictionary of the same form, with unit-norm decoder rows and the same features active.
 """
 
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -49,12 +50,10 @@ def fit_correction(sae: SAE, x: Float[Tensor, "n d_in"], chunk: int = 8192) -> C
 
 @torch.no_grad()
 def apply_correction(sae: SAE, correction: Correction) -> SAE:
-    """A new dictionary with the gains in its encoder and the shift in its bias; the same features are active."""
-    corrected = SAE(sae.config)
-    corrected.load_state_dict(sae.state_dict())
-    corrected.metadata = sae.metadata | {"shrinkage_corrected": True}
-    # The bias is also subtracted before the encoder, where the shift must not show.
-    corrected.b_enc.add_(correction.shift @ sae.W_enc).mul_(correction.gain)
-    corrected.W_enc.mul_(correction.gain)
-    corrected.b_dec.add_(correction.shift)
+    """A new dictionary with the gains in its encoder and the shift in its bias; the same features are active.
+
+    Raises StudyError for a dictionary whose activations cannot be multiplied.
+    """
+    corrected = deepcopy(sae).correct_(*correction)
+    corrected.metadata |= {"shrinkage_corrected": True}
     return corrected.requires_grad_(False)
