@@ -160,11 +160,11 @@ class JumpReLUConfig(TrainConfig):
     l0_coefficient: float = 1.0  # at the start: about the square of the smallest activation that is worth having
     bandwidth: float = 1.0  # of activations of mean norm sqrt(d_in)
     threshold_rate: float = 10.0  # times the learning rate: a threshold has far to go, by rare and contradictory gradients
-    GAIN: ClassVar[float] = 0.02  # of the small steps
+    GAIN: ClassVar[float] = 0.05  # of the small steps
     # Log of L0 over its target that is reacted to, at once and by small steps: a new dictionary's L0 may be a hundred times too
     # large for hundreds of steps, and what adds up in the meantime has to be undone.
     AT_ONCE: ClassVar[float] = 1.0
-    BY_STEPS: ClassVar[float] = 0.5
+    BY_STEPS: ClassVar[float] = 0.25
 
     @property
     def rule(self) -> Standard:
