@@ -104,7 +104,7 @@ def pin(sae: SAE, feature: int, value: float) -> MlpEdit:
 
     Raises StudyError if the dictionary has no such feature.
     """
-    _check(feature, len(sae.b_enc), "feature")
+    _check(feature, len(sae.W_dec), "feature")
     return lambda acts: acts + (value - sae.encode(acts, [feature])) * sae.W_dec[feature]
 
 

@@ -78,7 +78,7 @@ def mean_activation(model: Transformer, text: Text) -> Float[Tensor, " d_mlp"]:
 def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None) -> HeldOut:
     """Run the model over held-out text: untouched, ablated to zero and to the mean, and with the dictionary if one is given."""
     mean = mean_activation(model, text)
-    fired = torch.zeros(sae.b_enc.shape[0] if sae else 0, dtype=torch.int64)
+    fired = torch.zeros(len(sae.W_dec) if sae else 0, dtype=torch.int64)
     rows: list[dict[str, Tensor]] = []
     for batch in _batches(text, "held-out pass"):
         edits: dict[str, Callable | None] = {"clean": None, "zero": torch.zeros_like, "mean": lambda acts: mean.expand_as(acts)}

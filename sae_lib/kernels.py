@@ -1,8 +1,8 @@
 """Loops of the training step that matrix products and torch's operations do not cover, compiled by numba.
 
-They visit active pairs of row and feature only, make one pass where several operations would make several, and run on threads
-that own what they write and sum in a fixed order: results do not depend on how many threads there are. Matrices are
-[rows or features, d_in], contiguous, float32; pre-activations may also be the bits of bfloat16.
+They visit active pairs of row and feature only (`selection.py` finds them), make one pass where several operations would make
+several, and run on threads that own what they write and sum in a fixed order: results do not depend on how many threads there
+are. Matrices are [rows or features, d_in], contiguous, float32; activations may also be the bits of bfloat16.
 """
 
 from collections.abc import Callable
@@ -57,11 +57,11 @@ def shares(matrix: Tensor) -> list[tuple[int, int]]:
 
 
 @no_type_check
-def _widen(x):
+def widen(x):
     """float32 from float32, or from the bits of a bfloat16."""
 
 
-@overload(_widen)
+@overload(widen)
 @no_type_check
 def _widen_overload(x):
     if isinstance(x, types.Float):
@@ -95,7 +95,7 @@ def relu_rows(features, b_enc, fired):
     for r in range(len(features)):
         row, row_total = features[r], np.float32(0)
         for j in range(len(row)):
-            value = max(_widen(row[j]) + b_enc[j], np.float32(0))
+            value = max(widen(row[j]) + b_enc[j], np.float32(0))
             row[j] = _narrow(value, row[j])
             fired[j] += np.int32(value > np.float32(0))
             row_total += value
@@ -110,87 +110,75 @@ def mask_rows(g, features, l1_coefficient, b_enc_grad):
     for r in range(len(g)):
         row, feature = g[r], features[r]
         for j in range(len(row)):
-            value = _widen(row[j]) + l1_coefficient if _widen(feature[j]) > np.float32(0) else np.float32(0)
+            value = widen(row[j]) + l1_coefficient if widen(feature[j]) > np.float32(0) else np.float32(0)
             row[j] = _narrow(value, row[j])
             b_enc_grad[j] += value
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 @no_type_check
-def _find_active(pre, b_enc, flags, words, feature, f):
-    """Features of one row with pre + b_enc > 0, and these values; returns how many, or -1 if there is no room.
+def visit_rows(end, feature, f, W_dec, widths, l1_coefficient, factor, target, first_row, errors, g):
+    """Errors of a micro-batch, and the gradient at each activation `f` of its pairs, row r's being those up to `end[r + 1]`.
 
-    No step of it branches on a feature: flags are set many at a time, and eight without a flag are passed over at once.
+    The loss is factor / 2 * ||target - x_hat||^2 of each row, added up over the nested dictionaries of the first `widths`
+    features, plus `l1_coefficient` times the activations. `errors` [level, row, d_in] becomes, from `first_row` on, the
+    derivative by what a feature of that level writes. Returns the sums of squared errors, of the widest, and of activations.
     """
-    for i in range(len(pre)):
-        flags[i] = _widen(pre[i]) + b_enc[i] > np.float32(0)
-    flagged = flags.view(np.uint64)
-    n_words = 0
-    for c in range(len(flagged)):
-        words[n_words] = c
-        n_words += np.int64(flagged[c] != 0)
-    if 8 * n_words > len(f):
-        return -1
-    n = 0
-    for c in words[:n_words]:
-        p, b = pre[8 * c:8 * c + 8], b_enc[8 * c:8 * c + 8]
-        for i in range(len(p)):
-            value = _widen(p[i]) + b[i]
-            feature[n], f[n] = 8 * c + i, value
-            n += np.int64(value > np.float32(0))
-    return n
-
-
-@njit(nogil=True, cache=True, fastmath=FAST)
-@no_type_check
-def visit_rows(pre, b_enc, W_dec, l1_coefficient, centred, error_2, first_row, begin, row, f_sorted, g_sorted):
-    """Active features of a micro-batch, its errors (times 2), and the gradient at each activation.
-
-    Returns the number of pairs, or -1 if there is no room for them, and the sums of squared errors and of activations.
-    """
-    n_rows, d_sae, d_in, capacity = len(pre), len(W_dec), centred.shape[1], len(row)
-    feature, f, g = np.empty(capacity, np.int32), np.empty(capacity, np.float32), np.empty(capacity, np.float32)
-    words = np.empty(d_sae // 8 + 2, np.int64)
-    flags, end = np.zeros(8 * ((d_sae + 7) // 8), np.uint8), np.zeros(n_rows + 1, np.int64)
+    d_in, last = target.shape[1], len(widths) - 1
     squared_error, l1 = 0.0, 0.0
-    begin[:] = 0
-    for r in range(n_rows):
-        n = _find_active(pre[r], b_enc, flags, words, feature[end[r]:], f[end[r]:])
-        if n < 0:
-            return -1, 0.0, 0.0
-        end[r + 1] = end[r] + n
-        e, c = error_2[r], centred[r]
-        for i in range(d_in):
-            e[i] = -c[i]
-        for k in range(end[r], end[r + 1]):
-            w, fk = W_dec[feature[k]], f[k]
-            for i in range(d_in):
-                e[i] += fk * w[i]
-        square = np.float32(0)
+    for r in range(len(target)):
+        c, done = target[r], end[r]
+        for level in range(last + 1):
+            e = errors[level, first_row + r]
+            if level == 0:
+                for i in range(d_in):
+                    e[i] = -c[i]
+            else:
+                e[:] = errors[level - 1, first_row + r]
+            while done < end[r + 1] and feature[done] < widths[level]:
+                w, fk = W_dec[feature[done]], f[done]
+                for i in range(d_in):
+                    e[i] += fk * w[i]
+                done += 1
+        e, square = errors[last, first_row + r], np.float32(0)
         for i in range(d_in):
             square += e[i] * e[i]
-            e[i] *= np.float32(2)
+            e[i] *= factor
         squared_error += square
+        for level in range(last - 1, -1, -1):  # what an inner feature writes is part of all dictionaries around it
+            e, outer = errors[level, first_row + r], errors[level + 1, first_row + r]
+            for i in range(d_in):
+                e[i] = factor * e[i] + outer[i]
+        level = 0
         for k in range(end[r], end[r + 1]):  # the rows of W_dec are still in cache
-            w, dot = W_dec[feature[k]], np.float32(0)
+            while feature[k] >= widths[level]:
+                level += 1
+            e, w, dot = errors[level, first_row + r], W_dec[feature[k]], np.float32(0)
             for i in range(d_in):
                 dot += e[i] * w[i]
             g[k] = dot + l1_coefficient
             l1 += f[k]
-            begin[feature[k] + 1] += 1
-    # Counting sort by feature; within each the rows stay in order.
-    for j in range(d_sae):
+    return squared_error, l1
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+@no_type_check
+def sort_pairs(end, feature, f, g, first_row, begin, row, f_sorted, g_sorted):
+    """Pairs of a micro-batch in the order of their features; within each the rows stay in order (counting sort)."""
+    begin[:] = 0
+    for k in range(end[-1]):
+        begin[feature[k] + 1] += 1
+    for j in range(len(begin) - 1):
         begin[j + 1] += begin[j]
-    for r in range(n_rows):
+    for r in range(len(end) - 1):
         for k in range(end[r], end[r + 1]):
             j = feature[k]
             to = begin[j]
             row[to], f_sorted[to], g_sorted[to] = first_row + r, f[k], g[k]
             begin[j] += 1
-    for j in range(d_sae, 0, -1):
+    for j in range(len(begin) - 1, 0, -1):
         begin[j] = begin[j - 1]
     begin[0] = 0
-    return end[n_rows], squared_error, l1
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)

@@ -17,6 +17,7 @@ from sae_lib.recipe import TrainConfig
 from sae_lib.sae import SAEConfig
 from sae_lib.step import DENSE_ELEMENTS, GROUP, MICRO_BATCH, SPARSE_L0
 from sae_lib.train import LOSS_ROWS, RESAMPLE_CHUNK
+from sae_lib.variants import Standard
 
 GIB = 2 ** 30
 FLOAT, INT = 4, 8  # bytes
@@ -51,16 +52,21 @@ class MemoryPlan(NamedTuple):
 def memory_plan(sae: SAEConfig, train: TrainConfig, rows_held: int) -> MemoryPlan:
     """What a training takes whose process holds `rows_held` activations at once (`ActivationStream.rows_held`)."""
     d_in, d_sae, low, harvested = sae.d_in, sae.d_sae, train.dtype.itemsize, low_precision().itemsize
-    weights = FLOAT * (2 * d_sae * d_in + d_sae + d_in)
+    rule = train.rule
+    weights = FLOAT * (2 * d_sae * d_in + d_sae * (len(rule.kind._fields) - 3) + d_in)
     matrix_copy = low * d_sae * d_in if train.dtype != torch.float32 else 0
     group = min(train.batch_size, GROUP)
     dense_rows = min(group, max(MICRO_BATCH, DENSE_ELEMENTS // d_sae))
     micro_batches, dense_micro_batches = -(-group // MICRO_BATCH), -(-dense_rows // MICRO_BATCH)
     # Features and their gradients, errors and inputs; counts and gradients of the biases of each micro-batch.
     dense = 2 * low * dense_rows * (d_sae + d_in) + FLOAT * dense_micro_batches * (2 * d_sae + d_in)
-    pairs = micro_batches * MICRO_BATCH * SPARSE_L0 * 3 * FLOAT
+    if type(rule) is not Standard:  # about six arrays over all features
+        dense = 6 * FLOAT * (group if rule.over_rows else dense_rows) * d_sae + 2 * low * d_sae * d_in
+    # Of each micro-batch the pairs as found and in order, where rows end and where features begin; then the errors.
+    pairs = lambda a_row: micro_batches * (MICRO_BATCH * a_row * 6 * FLOAT + INT * (MICRO_BATCH + 1 + d_sae + 1))
+    auxiliary = pairs(rule.k_aux) + FLOAT * group * d_in if rule.k_aux else 0
     pre_activations = low * torch.get_num_threads() * MICRO_BATCH * d_sae
-    sparse = 2 * FLOAT * group * d_in + pairs + INT * micro_batches * (d_sae + 1) + pre_activations
+    sparse = (1 + len(rule.widths(d_sae))) * FLOAT * group * d_in + pairs(SPARSE_L0) + auxiliary + pre_activations
     # A row's own bytes, where it is among the rows held, and its place in the order, drawn and looked up.
     activations = rows_held * (harvested * d_in + 3 * INT) + harvested * train.batch_size * d_in
     inputs = min(train.resample_inputs, RESAMPLE_CHUNK) if train.resample_at else 0

@@ -1,16 +1,19 @@
-"""What a dictionary's training is to be: its sizes and its schedules (Bricken et al., App. Architecture; B2-B4)."""
+"""What a dictionary's training is to be: its kind, its sizes and its schedules (Bricken et al., App. Architecture; B2-B4)."""
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from sae_lib.errors import StudyError
 from sae_lib.precision import native_bfloat16
+from sae_lib.variants import BatchTopK, Gated, JumpReLU, Matryoshka, Standard, TopK
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a dictionary is trained. Everything given as a share is a share of the run's steps.
+    """How a standard dictionary is trained. Everything given as a share is a share of the run's steps.
 
     The activations are trained on at mean norm sqrt(d_in), x' = s * x, and the loss is the mean over the batch of
     ||x' - x_hat'||^2 + l1_coefficient * ||f'||_1: a *summed* squared error. In the paper's units (squared error averaged over
@@ -37,6 +40,19 @@ class TrainConfig:
     precision: str = "auto"  # or "float32", "bfloat16": of the factors in matrix products
     log_every: int = 100
     checkpoint_every: int = 1000
+
+    @property
+    def rule(self) -> Standard:
+        """The kind of dictionary that is trained."""
+        return Standard()
+
+    def penalty(self, step: int, control: float, l0: float) -> float:  # noqa: ARG002
+        """What the sparsity penalty is multiplied with at a step, counted from 0."""
+        return l1_at(self, step)
+
+    def controlled(self, control: float, l0: float) -> float:  # noqa: ARG002
+        """What steers the penalty, after a step with `l0` active features a row."""
+        return control
 
     @property
     def n_steps(self) -> int:
@@ -66,7 +82,99 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return rate
 
 
+def penalty_warmth(config: TrainConfig, step: int) -> float:
+    """Share of its full size that the sparsity penalty has, which may rise linearly at the start; `step` counts from 0."""
+    return min(1.0, (step + 1) / config.steps(config.l1_warmup)) if config.l1_warmup else 1.0
+
+
 def l1_at(config: TrainConfig, step: int) -> float:
-    """The L1 coefficient, which may rise linearly at the start; `step` counts from 0."""
-    warm = min(1.0, (step + 1) / config.steps(config.l1_warmup)) if config.l1_warmup else 1.0
-    return config.l1_coefficient * warm
+    """The L1 coefficient at a step."""
+    return config.l1_coefficient * penalty_warmth(config, step)
+
+
+# --- later kinds (`variants.py`): what they are trained with besides ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TopKConfig(TrainConfig):
+    """No penalty: the number of active features is given. Dead ones are revived by AuxK instead of being resampled."""
+
+    architecture: str = "topk"
+    k: int = 32
+    k_aux: int = 64
+    """Dead features that may fire on a row. Gao et al. take about d_in / 2, which costs several times the rest of the step."""
+    aux_coefficient: float = 1 / 32
+    resample_at: tuple[float, ...] = ()
+
+    @property
+    def rule(self) -> Standard:
+        return TopK(self.k, self.k_aux, self.aux_coefficient)
+
+    def penalty(self, step: int, control: float, l0: float) -> float:  # noqa: ARG002
+        return 0.0
+
+
+@dataclass(frozen=True)
+class BatchTopKConfig(TopKConfig):
+    architecture: str = "batchtopk"
+
+    @property
+    def rule(self) -> Standard:
+        return BatchTopK(self.k, self.k_aux, self.aux_coefficient)
+
+
+@dataclass(frozen=True)
+class MatryoshkaConfig(TopKConfig):
+    """BatchTopK with nested dictionaries of the first `inner` features, from narrow to wide; the whole one is not named."""
+
+    architecture: str = "matryoshka_batchtopk"
+    inner: tuple[int, ...] = (256, 1024)
+
+    @property
+    def rule(self) -> Standard:
+        return Matryoshka(self.k, self.k_aux, self.aux_coefficient, tuple(self.inner))
+
+
+@dataclass(frozen=True)
+class GatedConfig(TrainConfig):
+    """The L1 penalty is on the gates; magnitudes are not shrunk by it."""
+
+    architecture: str = "gated"
+
+    @property
+    def rule(self) -> Standard:
+        return Gated()
+
+
+@dataclass(frozen=True)
+class JumpReLUConfig(TrainConfig):
+    """The penalty is on the number of active features, and steered so that this becomes `l0`.
+
+    A fixed coefficient leads to an L0 that has to be found by trial, and above some size it changes nothing (SAELens issue 719).
+    Here it follows the batches: at once, with the fourth power of L0 over its target, and by small steps that add up as long as
+    there is a difference. Thresholds are trained as they are, not as logarithms, which Adam would hardly move.
+    """
+
+    architecture: str = "jumprelu"
+    l0: float = 32.0
+    l0_coefficient: float = 1.0  # at the start: about the square of the smallest activation that is worth having
+    bandwidth: float = 1.0  # of activations of mean norm sqrt(d_in)
+    threshold_rate: float = 10.0  # times the learning rate: a threshold has far to go, by rare and contradictory gradients
+    GAIN: ClassVar[float] = 0.05  # of the small steps
+    # Log of L0 over its target that is reacted to, at once and by small steps: a new dictionary's L0 may be a hundred times too
+    # large for hundreds of steps, and what adds up in the meantime has to be undone.
+    AT_ONCE: ClassVar[float] = 1.0
+    BY_STEPS: ClassVar[float] = 0.25
+
+    @property
+    def rule(self) -> Standard:
+        return JumpReLU(self.bandwidth, self.threshold_rate)
+
+    def _excess(self, l0: float, limit: float) -> float:
+        return max(-limit, min(limit, math.log(max(l0, 1e-9) / self.l0))) if math.isfinite(l0) else 0.0
+
+    def penalty(self, step: int, control: float, l0: float) -> float:
+        return penalty_warmth(self, step) * self.l0_coefficient * math.exp(control + 4 * self._excess(l0, self.AT_ONCE))
+
+    def controlled(self, control: float, l0: float) -> float:
+        return control + self.GAIN * self._excess(l0, self.BY_STEPS)

@@ -4,7 +4,9 @@
     x_hat = f @ W_dec + b_dec                    reconstruction, [batch, d_in]
 
 Encoder and decoder are untied, every row of `W_dec` (a dictionary element) has unit norm, and the bias that is subtracted
-before the encoder is the decoder's. On disk a dictionary is a folder in the SAELens layout.
+before the encoder is the decoder's. Three later kinds differ in what they put in the place of the ReLU: TopK keeps the k largest
+of a row, JumpReLU what is above a threshold, and a gated dictionary decides by one number and measures by another. BatchTopK and
+Matryoshka dictionaries are JumpReLU ones once they are trained. On disk a dictionary is a folder in the SAELens layout.
 """
 
 import json
@@ -13,7 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -54,11 +56,14 @@ class SAEOutput(NamedTuple):
 class SAE(nn.Module):
     """A dictionary of `d_sae` features for activations of width `d_in`.
 
+    This class is the paper's own kind, and what the others inherit. Whatever reads features does so by `encode`.
+
     Attributes:
         metadata: what is written beside the weights and read back: L0, how it was trained, ...
     """
 
     architecture = "standard"
+    kinds: ClassVar[dict[str, type["SAE"]]] = {}
 
     W_enc: Float[Tensor, "d_in d_sae"]
     b_enc: Float[Tensor, " d_sae"]
@@ -77,10 +82,17 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(W_dec / W_dec.norm(dim=1, keepdim=True))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
 
+    def __init_subclass__(cls) -> None:
+        SAE.kinds[cls.architecture] = cls
+
     def encode(self, x: Float[Tensor, "*batch d_in"], features: Chosen | None = None) -> Float[Tensor, "*batch kept"]:
         """Activations of all features, or of those whose numbers are given, in their order: the others cost nothing."""
-        weight, bias = (self.W_enc, self.b_enc) if features is None else (self.W_enc[:, features], self.b_enc[features])
-        return torch.relu((x - self.b_dec) @ weight + bias)
+        chosen = slice(None) if features is None else features
+        return self.activate((x - self.b_dec) @ self.W_enc[:, chosen], chosen)
+
+    def activate(self, projected: Float[Tensor, "*batch kept"], chosen: Chosen | slice) -> Float[Tensor, "*batch kept"]:
+        """Activations of chosen features from what their encoder columns give, without a bias."""
+        return torch.relu(projected + self.b_enc[chosen])
 
     def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """The activations that these features stand for."""
@@ -90,15 +102,41 @@ class SAE(nn.Module):
         features = self.encode(x)
         return SAEOutput(features, self.decode(features))
 
+    def _in_units_of_features(self) -> list[Tensor]:
+        """What is added to pre-activations or compared with them."""
+        return [self.b_enc]
+
     @torch.no_grad()
     def fold_scale_(self, scale: float) -> "SAE":
         """Make a dictionary trained on `scale * x` read `x` itself.
 
-        The ReLU is homogeneous: dividing both biases divides features and reconstruction, and the decoder keeps unit norm.
+        Activations are homogeneous: dividing all biases divides features and reconstruction, and the decoder keeps unit norm.
         """
-        self.b_enc /= scale
-        self.b_dec /= scale
+        for value in (*self._in_units_of_features(), self.b_dec):
+            value /= scale
         return self
+
+    @torch.no_grad()
+    def correct_(self, gain: Float[Tensor, " d_sae"], shift: Float[Tensor, " d_in"]) -> "SAE":
+        """Multiply each feature's activation, and add to every reconstruction; the same features are active."""
+        # The bias is also subtracted before the encoder, where the shift must not show.
+        self._enter_bias(shift @ self.W_enc)
+        for value in (*self._in_units_of_features(), self.W_enc):
+            value.mul_(gain)
+        self.b_dec.add_(shift)
+        return self
+
+    def _enter_bias(self, change: Float[Tensor, " d_sae"]) -> None:
+        self.b_enc.add_(change)
+
+    def settings(self) -> dict:
+        """What `cfg.json` says of this kind only."""
+        return {}
+
+    @classmethod
+    def from_settings(cls, config: SAEConfig, cfg: dict) -> "SAE":  # noqa: ARG003
+        """An untrained dictionary as `cfg.json` has it."""
+        return cls(config)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write `cfg.json` and `sae_weights.safetensors`, the layout SAELens 6 loads, each replaced in one step.
@@ -108,7 +146,7 @@ class SAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         cfg = {"architecture": self.architecture, "d_in": self.config.d_in, "d_sae": self.config.d_sae,
                "dtype": str(dtype).removeprefix("torch."), "device": "cpu", "apply_b_dec_to_input": True,
-               "normalize_activations": "none", "reshape_activations": "none",
+               "normalize_activations": "none", "reshape_activations": "none", **self.settings(),
                "metadata": {"sae_lens_version": SAELENS_FORMAT, "model_name": self.config.model_name,
                             "hook_name": self.config.hook_name, "context_size": self.config.context_size,
                             "prepend_bos": False, "seed": self.config.seed} | self.metadata}
@@ -120,11 +158,11 @@ class SAE(nn.Module):
         partial.write_text(json.dumps(cfg, indent=1))
         os.replace(partial, folder / CONFIG_FILE)
 
-    @classmethod
-    def load(cls, folder: Path) -> "SAE":
-        """Read a dictionary in SAELens layout.
+    @staticmethod
+    def load(folder: Path) -> "SAE":
+        """Read a dictionary in SAELens layout, of whatever kind it is.
 
-        Raises StudyError if the folder holds none, or one that is damaged or of another kind.
+        Raises StudyError if the folder holds none, or one that is damaged or of a kind that is not known here.
         """
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
@@ -135,16 +173,19 @@ class SAE(nn.Module):
             config = SAEConfig(cfg["d_in"], cfg["d_sae"], metadata.get("seed", 0), metadata.get("model_name", ""),
                                metadata.get("hook_name", ""), metadata.get("context_size", 0))
             weights = {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
-            sae = cls(config)
+            kind = SAE.kinds.get(cfg.get("architecture"))
+            sae = kind.from_settings(config, cfg) if kind else None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise StudyError(f"The dictionary in {folder} is damaged ({type(error).__name__}); delete the folder and make "
                              "it again.") from error
-        expected = {"architecture": cls.architecture, "apply_b_dec_to_input": True, "normalize_activations": "none",
-                    "reshape_activations": "none"}
+        if sae is None:
+            raise StudyError(f"The dictionary in {folder} has architecture = {cfg.get('architecture')!r}, and only "
+                             f"{', '.join(SAE.kinds)} can be read; convert it first.")
+        expected = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"} | sae.settings()
         for key, value in expected.items():
             if cfg.get(key) != value:
-                raise StudyError(f"The dictionary in {folder} has {key} = {cfg.get(key)!r} where this class reads {value!r} "
-                                 "only; convert it first.")
+                raise StudyError(f"The dictionary in {folder} has {key} = {cfg.get(key)!r} where only {value!r} can be read; "
+                                 "convert it first.")
         shapes = {name: tuple(value.shape) for name, value in sae.named_parameters()}
         found = {name: tuple(value.shape) for name, value in weights.items()}
         if shapes != found or not all(value.isfinite().all() for value in weights.values()):
@@ -156,25 +197,90 @@ class SAE(nn.Module):
         return sae.requires_grad_(False)
 
 
-def geometric_median(x: Float[Tensor, "n d_in"], tolerance: float = 1e-6, max_iterations: int = 1000) -> Float[Tensor, " d_in"]:
-    """The point with the smallest summed distance to the rows, where `b_dec` starts (Bricken et al., Pre-Encoder Bias).
+SAE.kinds[SAE.architecture] = SAE
 
-    Weiszfeld's iteration, until a step is shorter than `tolerance` times the mean distance.
 
-    Raises StudyError if a row is not finite.
+class TopKSAE(SAE):
+    """Keeps the `k` largest activations of a row (Gao et al. 2024, Scaling and evaluating sparse autoencoders).
+
+    Encoder columns begin as the dictionary rows, without a bias.
     """
-    if not x.isfinite().all():
-        raise StudyError("The activations contain values that are not finite; train the transformer again with a lower "
-                         "learning rate.")
-    median = x.double().mean(0)
-    for _ in range(max_iterations):
-        distance = torch.linalg.vector_norm(x - median.float(), dim=1).double()
-        mean_distance = distance.mean()
-        if mean_distance == 0:
-            break
-        # The floor keeps an iterate that lands on a row from being stuck there by an infinite weight.
-        weight = 1 / distance.clamp_min(1e-6 * mean_distance)
-        previous, median = median, (weight.float() @ x).double() / weight.float().double().sum()
-        if torch.linalg.vector_norm(median - previous) <= tolerance * mean_distance:
-            break
-    return median.float()
+
+    architecture = "topk"
+
+    def __init__(self, config: SAEConfig, k: int):
+        super().__init__(config)
+        if not 0 < k <= config.d_sae:
+            raise StudyError(f"A dictionary of {config.d_sae} features cannot keep {k} of them; give a k from 1 to "
+                             f"{config.d_sae}.")
+        self.k = k
+        with torch.no_grad():
+            self.W_enc.copy_(self.W_dec.T)
+            self.b_enc.zero_()
+
+    def encode(self, x: Float[Tensor, "*batch d_in"], features: Chosen | None = None) -> Float[Tensor, "*batch kept"]:
+        """Activations of all features, or of those whose numbers are given; it takes all of them to know either."""
+        found = super().encode(x)
+        largest = found.topk(self.k, dim=-1)
+        kept = torch.zeros_like(found).scatter_(-1, largest.indices, largest.values)
+        return kept if features is None else kept[..., features]
+
+    def correct_(self, gain: Float[Tensor, " d_sae"], shift: Float[Tensor, " d_in"]) -> "SAE":  # noqa: ARG002
+        """Raises StudyError: other activations would be the k largest."""
+        raise StudyError("A TopK dictionary's activations cannot be multiplied without changing which are kept; no penalty has "
+                         "shrunk them, so leave them as they are.")
+
+    def settings(self) -> dict:
+        return {"k": self.k, "rescale_acts_by_decoder_norm": False}
+
+    @classmethod
+    def from_settings(cls, config: SAEConfig, cfg: dict) -> "SAE":
+        return cls(config, int(cfg["k"]))
+
+
+class JumpReLUSAE(SAE):
+    """Passes on what is above each feature's `threshold` (Rajamanoharan et al. 2024, Jumping Ahead)."""
+
+    architecture = "jumprelu"
+    threshold: Float[Tensor, " d_sae"]
+
+    def __init__(self, config: SAEConfig, threshold: float = 0.0):
+        super().__init__(config)
+        self.threshold = nn.Parameter(torch.full((config.d_sae,), threshold))
+
+    def activate(self, projected: Float[Tensor, "*batch kept"], chosen: Chosen | slice) -> Float[Tensor, "*batch kept"]:
+        before = projected + self.b_enc[chosen]
+        return torch.relu(before) * (before > self.threshold[chosen])
+
+    def _in_units_of_features(self) -> list[Tensor]:
+        return [self.b_enc, self.threshold]
+
+
+class GatedSAE(SAE):
+    """Decides by one number which features are active and measures them by another, with one encoder matrix for both
+    (Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs).
+
+        f = (p + b_gate > 0) * relu(exp(r_mag) * p + b_mag)    for p = (x - b_dec) @ W_enc
+    """
+
+    architecture = "gated"
+    b_gate: Float[Tensor, " d_sae"]
+    r_mag: Float[Tensor, " d_sae"]
+    b_mag: Float[Tensor, " d_sae"]
+
+    def __init__(self, config: SAEConfig):
+        super().__init__(config)
+        self.b_gate = nn.Parameter(self.b_enc.detach())
+        self.b_mag, self.r_mag = nn.Parameter(self.b_enc.detach().clone()), nn.Parameter(torch.zeros(config.d_sae))
+        del self.b_enc
+
+    def activate(self, projected: Float[Tensor, "*batch kept"], chosen: Chosen | slice) -> Float[Tensor, "*batch kept"]:
+        magnitude = torch.relu(projected * self.r_mag[chosen].exp() + self.b_mag[chosen])
+        return magnitude * (projected + self.b_gate[chosen] > 0)
+
+    def _in_units_of_features(self) -> list[Tensor]:
+        return [self.b_gate, self.b_mag]
+
+    def _enter_bias(self, change: Float[Tensor, " d_sae"]) -> None:
+        self.b_gate.add_(change)
+        self.b_mag.add_(change * self.r_mag.exp())

@@ -5,6 +5,7 @@ fire is left as it is; each gets one gain, and the bias one shift, that together
 through, so the result is a dictionary of the same form, with unit-norm decoder rows and the same features active.
 """
 
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -49,12 +50,25 @@ def fit_correction(sae: SAE, x: Float[Tensor, "n d_in"], chunk: int = 8192) -> C
 
 @torch.no_grad()
 def apply_correction(sae: SAE, correction: Correction) -> SAE:
-    """A new dictionary with the gains in its encoder and the shift in its bias; the same features are active."""
-    corrected = SAE(sae.config)
-    corrected.load_state_dict(sae.state_dict())
-    corrected.metadata = sae.metadata | {"shrinkage_corrected": True}
-    # The bias is also subtracted before the encoder, where the shift must not show.
-    corrected.b_enc.add_(correction.shift @ sae.W_enc).mul_(correction.gain)
-    corrected.W_enc.mul_(correction.gain)
-    corrected.b_dec.add_(correction.shift)
+    """A new dictionary with the gains in its encoder and the shift in its bias; the same features are active.
+
+    Raises StudyError for a dictionary whose activations cannot be multiplied.
+    """
+    corrected = deepcopy(sae).correct_(*correction)
+    corrected.metadata |= {"shrinkage_corrected": True}
     return corrected.requires_grad_(False)
+
+
+@torch.no_grad()
+def reconstruction_bias(sae: SAE, x: Float[Tensor, "n d_in"], chunk: int = 8192) -> float:
+    """How much too large reconstructions are: what they would have to be divided by to fit best; below 1 if they are shrunk.
+
+    It is taken about the decoder's bias, which no penalty shrinks: sum ||x_hat - b_dec||^2 / sum (x_hat - b_dec) (x - b_dec)
+    (the relative reconstruction bias of Rajamanoharan et al. 2024, section 4). 0 if nothing is active.
+    """
+    square, product = 0.0, 0.0
+    for rows in x.split(chunk):
+        written = sae(rows).reconstruction - sae.b_dec
+        square += written.square().sum().item()
+        product += (written * (rows - sae.b_dec)).sum().item()
+    return square / product if product else 0.0

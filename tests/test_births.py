@@ -1,9 +1,11 @@
-"""New features, by hand."""
+"""Where training begins: new features, and the middle of the activations, by hand."""
 
+import pytest
 import torch
 
-from sae_lib.births import bear, make_rare
-from sae_lib.step import Parameters
+from sae_lib.births import bear, geometric_median, make_rare
+from sae_lib.errors import StudyError
+from sae_lib.variants import Parameters
 
 
 def parameters():
@@ -30,3 +32,32 @@ def test_the_bias_lets_the_told_share_through():
     # However small the share, the strongest row is let through.
     make_rare(p, torch.tensor([0]), x, 1e-6)
     assert p.b_enc[0] == -2
+
+
+def test_geometric_median_of_points_on_a_line_is_their_median():
+    points = torch.tensor([[0.0], [1.0], [2.0], [10.0], [1000.0]]) * torch.tensor([3.0, 4.0])
+    torch.testing.assert_close(geometric_median(points), torch.tensor([6.0, 8.0]), rtol=1e-3, atol=1e-2)
+
+
+def test_geometric_median_withstands_what_moves_the_mean():
+    x = torch.randn(2001, 8, generator=torch.Generator().manual_seed(0))
+    x[:400] = 500.0
+    assert geometric_median(x).norm() < 2 < x.mean(0).norm()
+
+
+def test_geometric_median_has_no_slope():
+    # At the minimum the unit vectors to all points add up to zero.
+    x = torch.randn(501, 3, generator=torch.Generator().manual_seed(1)).exp()
+    towards = x - geometric_median(x)
+    assert (towards / towards.norm(dim=1, keepdim=True)).mean(0).norm() < 1e-4
+
+
+def test_geometric_median_of_equal_points_and_of_two():
+    torch.testing.assert_close(geometric_median(torch.full((9, 4), 2.5)), torch.full((4,), 2.5))
+    # Every point between two is a median; the iteration starts in the middle and stays.
+    torch.testing.assert_close(geometric_median(torch.tensor([[0.0, 0.0], [2.0, 0.0]])), torch.tensor([1.0, 0.0]))
+
+
+def test_activations_that_are_not_finite_are_refused():
+    with pytest.raises(StudyError, match="not finite"):
+        geometric_median(torch.tensor([[1.0], [float("inf")]]))

@@ -16,9 +16,10 @@ from sae_lib.checkpoint import load_checkpoint
 from sae_lib.distributed import ALONE, Processes, joined
 from sae_lib.errors import StudyError
 from sae_lib.sae import SAEConfig
-from sae_lib.step import LossGradient, Parameters
+from sae_lib.step import LossGradient
 from sae_lib.train import TrainConfig, train_sae
 from sae_lib.transformer import TransformerConfig, build
+from sae_lib.variants import Parameters
 
 needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 

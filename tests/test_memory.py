@@ -12,7 +12,7 @@ from sae_lib import memory
 from sae_lib.distributed import Processes
 from sae_lib.errors import StudyError
 from sae_lib.memory import MemoryPlan, fitting_plan, memory_plan
-from sae_lib.recipe import TrainConfig
+from sae_lib.recipe import GatedConfig, MatryoshkaConfig, TrainConfig
 from sae_lib.sae import SAEConfig
 
 CONFIG = TrainConfig(n_activations=1, batch_size=8192, precision="float32", resample_inputs=1000)
@@ -31,8 +31,9 @@ def test_a_plan_by_hand():
         weights=weights, moments=2 * weights + 8 * 2000, gradients=weights, copies=0,
         # 2,048 rows of features, errors, their gradients and inputs; 8 micro-batches of counts and gradients.
         dense=4 * 2048 * (1000 + 10 + 1000 + 10) + 4 * 8 * (1000 + 1000 + 10),
-        # Errors and inputs; room for 512 pairs a row of row, activation and gradient; beginnings; two threads' pre-activations.
-        sparse=4 * 2048 * 20 + 12 * 2048 * 512 + 8 * 8 * 1001 + 4 * 2 * 256 * 1000,
+        # Errors and inputs; room for 512 pairs a row of row or feature, activation and gradient, as found and in order; ends and
+        # beginnings; two threads' pre-activations.
+        sparse=4 * 2048 * 20 + 24 * 2048 * 512 + 8 * 8 * (257 + 1001) + 4 * 2 * 256 * 1000,
         activations=5000 * (2 * 10 + 24) + 8192 * 2 * 10,
         resampling=1000 * 10 * (2 + 2 + 4 + 4) + 1024 * 1000 * 4 + 3 * 4 * 10_000)
     assert found.total == sum(found)
@@ -40,6 +41,19 @@ def test_a_plan_by_hand():
     low = memory_plan(SAEConfig(d_in=10, d_sae=1000), replace(CONFIG, precision="bfloat16", resample_at=()), rows_held=5000)
     assert low.copies == 2 * 2 * 10_000 and low.resampling == 2 * 2 * 10_000 + 1024 * 1000 * 2 + 3 * 4 * 10_000
     assert low[:3] == found[:3]
+
+
+def test_later_kinds_take_more():
+    sizes = SAEConfig(d_in=10, d_sae=1000)
+    shared = {"n_activations": 1, "batch_size": 8192, "precision": "float32", "resample_inputs": 1000}
+    standard, found = (memory_plan(sizes, config, rows_held=5000) for config in (
+        CONFIG, MatryoshkaConfig(**shared, k_aux=16, inner=(50, 200), resample_at=(0.1,))))
+    # Errors of three dictionaries instead of one, and those of dead features with room for 16 pairs a row.
+    assert found.sparse - standard.sparse == 4 * 2048 * 10 * (2 + 1) + 24 * 2048 * 16 + 8 * 8 * (257 + 1001)
+    assert found.dense == 6 * 4 * 2048 * 1000 + 2 * 4 * 10_000
+    assert found._replace(sparse=0, dense=0) == standard._replace(sparse=0, dense=0)
+    gated = memory_plan(sizes, GatedConfig(**shared), rows_held=5000)
+    assert gated.weights == standard.weights + 2 * 4 * 1000
 
 
 def test_buffers_of_a_wide_dictionary_do_not_grow_with_the_batch():

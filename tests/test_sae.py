@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae_lib.errors import StudyError
-from sae_lib.sae import SAE, SAEConfig, geometric_median
+from sae_lib.sae import SAE, SAEConfig
 
 
 def random_sae(d_in=6, d_sae=10):
@@ -123,7 +123,8 @@ def put(folder, name, value):
     (lambda f: rewrite(f, metadata=None), "damaged"),
     (lambda f: rewrite(f, d_in="six"), "damaged"),
     (truncate, "damaged"),
-    (lambda f: rewrite(f, architecture="topk"), "architecture = 'topk'"),
+    (lambda f: rewrite(f, architecture="transcoder"), "architecture = 'transcoder'"),
+    (lambda f: rewrite(f, architecture=["standard"]), "damaged"),
     (lambda f: rewrite(f, apply_b_dec_to_input=False), "apply_b_dec_to_input"),
     (lambda f: rewrite(f, normalize_activations="layer_norm"), "normalize_activations"),
     (lambda f: rewrite(f, d_sae=11), "do not fit"),
@@ -136,32 +137,3 @@ def test_a_broken_folder_is_refused_in_one_sentence(tmp_path, harm, message):
     with pytest.raises(StudyError, match=message) as error:
         SAE.load(tmp_path)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
-
-
-def test_geometric_median_of_points_on_a_line_is_their_median():
-    points = torch.tensor([[0.0], [1.0], [2.0], [10.0], [1000.0]]) * torch.tensor([3.0, 4.0])
-    torch.testing.assert_close(geometric_median(points), torch.tensor([6.0, 8.0]), rtol=1e-3, atol=1e-2)
-
-
-def test_geometric_median_withstands_what_moves_the_mean():
-    x = torch.randn(2001, 8, generator=torch.Generator().manual_seed(0))
-    x[:400] = 500.0
-    assert geometric_median(x).norm() < 2 < x.mean(0).norm()
-
-
-def test_geometric_median_has_no_slope():
-    # At the minimum the unit vectors to all points add up to zero.
-    x = torch.randn(501, 3, generator=torch.Generator().manual_seed(1)).exp()
-    towards = x - geometric_median(x)
-    assert (towards / towards.norm(dim=1, keepdim=True)).mean(0).norm() < 1e-4
-
-
-def test_geometric_median_of_equal_points_and_of_two():
-    torch.testing.assert_close(geometric_median(torch.full((9, 4), 2.5)), torch.full((4,), 2.5))
-    # Every point between two is a median; the iteration starts in the middle and stays.
-    torch.testing.assert_close(geometric_median(torch.tensor([[0.0, 0.0], [2.0, 0.0]])), torch.tensor([1.0, 0.0]))
-
-
-def test_activations_that_are_not_finite_are_refused():
-    with pytest.raises(StudyError, match="not finite"):
-        geometric_median(torch.tensor([[1.0], [float("inf")]]))

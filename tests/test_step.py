@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sae_lib import step
-from sae_lib.step import LossGradient, Parameters, adam_step
+from sae_lib.step import LossGradient, adam_step
+from sae_lib.variants import Parameters
 
 D_IN, D_SAE, BATCH, L1, SCALE = 33, 203, 2400, 0.7, 1.7  # nothing a multiple of anything; more than one group
 

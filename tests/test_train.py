@@ -11,9 +11,10 @@ import torch
 
 from sae_lib.errors import StudyError
 from sae_lib.metrics import mmcs
+from sae_lib.recipe import l1_at, learning_rate
 from sae_lib.sae import SAEConfig
 from sae_lib.seeds import generator
-from sae_lib.train import BIRTH_NORM, SCALE_SAMPLE, TrainConfig, initial_state, l1_at, learning_rate, resample, train_sae
+from sae_lib.train import BIRTH_NORM, SCALE_SAMPLE, TrainConfig, initial_state, resample, train_sae
 
 
 @pytest.fixture(autouse=True)
