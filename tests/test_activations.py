@@ -63,7 +63,7 @@ def test_too_few_contexts_are_refused():
 def test_kept_activations_are_those_of_the_stream_and_end(stream):
     kept = Kept(stream, 9)
     for start in (0, 5):
-        assert all(torch.equal(a, b) for a, b in zip(kept.batches(start), islice(stream.batches(start), 9 - start), strict=False))
+        assert all(torch.equal(a, b) for a, b in zip(islice(stream.batches(start), 9 - start), kept.batches(start), strict=False))
     assert torch.equal(kept.sample(7, "birth", 2), stream.sample(7, "birth", 2))
     batches = kept.batches(8)
     next(batches)
