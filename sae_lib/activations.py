@@ -8,7 +8,6 @@ the batch that one alone would have, and no activation travels between them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from jaxtyping import Float, Int
@@ -120,19 +119,3 @@ class ActivationStream:
 
         in_parallel(run, [(start,) for start in range(0, len(chosen), HARVEST_CONTEXTS)])
         return rows.flatten(0, 1)
-
-
-class Kept:
-    """The first batches of a stream, harvested once and kept in memory: several dictionaries can be trained on them.
-
-    It is a source of activations as the stream is, for trainings of at most `n_batches` steps.
-    """
-
-    def __init__(self, stream: ActivationStream, n_batches: int):
-        self.stream, self.sample = stream, stream.sample
-        self.kept = list(islice(stream.batches(), n_batches))
-
-    def batches(self, start_step: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """The batches from that of step `start_step` on. Raises StudyError where there are no more."""
-        yield from self.kept[start_step:]
-        raise StudyError(f"Only {len(self.kept)} batches of activations were kept; keep more, or train for fewer steps.")

@@ -57,18 +57,3 @@ def apply_correction(sae: SAE, correction: Correction) -> SAE:
     corrected = deepcopy(sae).correct_(*correction)
     corrected.metadata |= {"shrinkage_corrected": True}
     return corrected.requires_grad_(False)
-
-
-@torch.no_grad()
-def reconstruction_bias(sae: SAE, x: Float[Tensor, "n d_in"], chunk: int = 8192) -> float:
-    """How much too large reconstructions are: what they would have to be divided by to fit best; below 1 if they are shrunk.
-
-    It is taken about the decoder's bias, which no penalty shrinks: sum ||x_hat - b_dec||^2 / sum (x_hat - b_dec) (x - b_dec)
-    (the relative reconstruction bias of Rajamanoharan et al. 2024, section 4). 0 if nothing is active.
-    """
-    square, product = 0.0, 0.0
-    for rows in x.split(chunk):
-        written = sae(rows).reconstruction - sae.b_dec
-        square += written.square().sum().item()
-        product += (written * (rows - sae.b_dec)).sum().item()
-    return square / product if product else 0.0

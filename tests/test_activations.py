@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
-from sae_lib.activations import ActivationStream, Kept, StreamConfig
+from sae_lib.activations import ActivationStream, StreamConfig
 from sae_lib.errors import StudyError
 from sae_lib.transformer import TransformerConfig, build, mlp_activations
 
@@ -58,14 +58,3 @@ def test_samples_depend_on_purpose_and_step(stream):
 def test_too_few_contexts_are_refused():
     with pytest.raises(StudyError, match="fewer activations than one batch"):
         ActivationStream(build(TINY), torch.ones(2, 16, dtype=torch.int32), 64, StreamConfig())
-
-
-def test_kept_activations_are_those_of_the_stream_and_end(stream):
-    kept = Kept(stream, 9)
-    for start in (0, 5):
-        assert all(torch.equal(a, b) for a, b in zip(islice(stream.batches(start), 9 - start), kept.batches(start), strict=False))
-    assert torch.equal(kept.sample(7, "birth", 2), stream.sample(7, "birth", 2))
-    batches = kept.batches(8)
-    next(batches)
-    with pytest.raises(StudyError, match="Only 9 batches"):
-        next(batches)

@@ -1,7 +1,7 @@
 import torch
 
 from sae_lib.sae import SAE, SAEConfig
-from sae_lib.shrinkage import GAINS, Correction, apply_correction, fit_correction, reconstruction_bias
+from sae_lib.shrinkage import GAINS, Correction, apply_correction, fit_correction
 
 
 def orthogonal(bias=0.0):
@@ -46,12 +46,3 @@ def test_a_feature_that_never_fires_keeps_a_usable_gain():
     correction = fit_correction(sae, torch.rand(1000, 4))
     assert correction.gain[2] == 1
     assert ((correction.gain >= GAINS[0]) & (correction.gain <= GAINS[1])).all()
-
-
-def test_reconstruction_bias_by_hand():
-    sae = orthogonal(bias=1.0)
-    # About the bias: of (2, 2, 0, 0) the first is written as 2, the second as 1.
-    x = torch.tensor([[3.0, 3.0, 1.0, 1.0]])
-    assert reconstruction_bias(sae, x) == (4 + 1) / (4 + 2)
-    assert reconstruction_bias(sae, x[:, [0, 2, 3, 2]]) == 1.0
-    assert reconstruction_bias(sae, torch.zeros(2, 4)) == 0.0

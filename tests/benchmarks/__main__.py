@@ -1,6 +1,6 @@
 """`python -m tests.benchmarks`: results.json, its figure, and the table on the screen; `--readme` puts it into the README.
 
-About 20 minutes on two cores; `--quick` takes four and says only that everything runs. Nothing else should be running.
+`--quick` says only that everything runs. Nothing else should be running.
 """
 
 import argparse
