@@ -35,6 +35,7 @@ from plotly.subplots import make_subplots
 
 from sae_lib import effects, features, steering, study
 from sae_lib.evaluate import label_correlations
+from sae_lib.study.replicas import STEERED
 from sae_lib.study.tables import flat, unit_table
 from sae_lib.transformer import mlp_activations, sample
 
@@ -56,10 +57,9 @@ validation, test = run.held_out("validation"), run.held_out("test", whole=True)
 table, domain = unit_table(run, "validation"), flat(validation.domains)
 
 # %%
-wanted = ["base64", "arabic", "hebrew", "russian", "greek", "chinese", "korean", "dna"]
 present = [name for i, name in enumerate(run.tokens.domains) if (domain == i).any()]
-names = [name for name in wanted if name in present] or present[:4]
-print(f"Not in the validation text: {', '.join(set(wanted) - set(present)) or 'none'}.")
+names = [name for name in STEERED if name in present] or present[:4]
+print(f"Not in the validation text: {', '.join(set(STEERED) - set(present)) or 'none'}.")
 label = {name: run.tokens.domains.index(name) for name in names}
 neurons = label_correlations(model, None, validation, len(run.tokens.domains))[:, list(label.values())].argmax(0)
 units = pd.DataFrame({"feature": [features.best_unit(table, domain == i).unit for i in label.values()], "neuron": neurons}, index=names)

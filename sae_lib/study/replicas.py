@@ -22,7 +22,8 @@ from sae_lib.transformer import sample
 
 REPLICAS = ("B", "C")
 CONTEXTS = ("arabic", "hebrew", "dna", "base64")
-PINNED = ("arabic", "base64")
+STEERED = ("base64", "arabic", "hebrew", "russian", "greek", "chinese", "korean", "dna")  # the contexts of notebook 06
+PINNED = ("arabic", "base64")  # those of them that have a row
 N_SAMPLES, LENGTH = 64, 100
 NEURON_TOKENS = 131_072  # on which neurons are compared: they fire on a third of all
 ROWS = ("02.superposition.contexts", "03.loss_recovered", "03.l0", "03.dead_fraction",
@@ -66,7 +67,7 @@ def _correlations(study: Study, which: str) -> dict[str, float]:
 def _steering(study: Study, which: str) -> dict[str, float]:
     """Share of sampled characters in a context, its best feature by label pinned at its greatest activation."""
     model, sae = study.transformer(which).model, study.dictionary(which).model
-    validation, seen = study.held_out("validation"), study.contexts_with(PINNED)
+    validation, seen = study.held_out("validation"), study.contexts_with(STEERED)
     table, values = unit_table(study, "validation", on=which), {}
     prompt = torch.tensor(study.tokens.tokenizer.encode("1,2,3,4,5,6,7,8,9,10").ids)
     length = min(LENGTH, study.profile.tokens.n_ctx - len(prompt))
