@@ -19,6 +19,8 @@ from benchmarks.measure import QUICK, Arm, Benchmark, alternate
 from benchmarks.protocol import FOLDER, WorkerError
 from benchmarks.report import BEGIN, END, into_readme, short_table, table
 
+from sae_lib.errors import StudyError
+
 
 def test_a_rate_is_the_median_over_rounds_of_each_rounds_mean_step():
     # Rounds of two steps: 3, 6 and 1 seconds for 2 * 12 activations are 8, 4 and 24 a second.
@@ -106,7 +108,7 @@ def test_the_readmes_table_is_replaced_and_nothing_else(tmp_path):
     assert text.startswith(f"before\n{BEGIN}\n| what |") and text.endswith(f"\n{END}\nafter\n")
     assert "old" not in text and text.count("2026-01-02") == 1 and "bfloat16 by AMX" in text
     readme.write_text("no place")
-    with pytest.raises(ValueError, match="no place for the table"):
+    with pytest.raises(StudyError, match="no place for the table"):
         into_readme(result, readme)
 
 

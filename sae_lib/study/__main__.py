@@ -115,6 +115,16 @@ def _replicas(options: argparse.Namespace) -> int:
     return 0
 
 
+def _readme(_: argparse.Namespace) -> int:
+    from sae_lib.study import readme
+
+    results = paths.read_json(paths.figures() / "results.json")
+    if results is None:
+        raise StudyError("There is no figures/results.json: run ./run_all.sh first.")
+    readme.put_between(paths.project() / "README.md", readme.BEGIN, readme.END, readme.results_table(results["rows"]))
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from sae_lib.study import environment
 
@@ -170,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     replicas.add_argument("--seed", type=int, default=0)
     replicas.add_argument("--corpus", default="", metavar="SPEC")
     replicas.set_defaults(action=_replicas)
+
+    readme = commands.add_parser("readme", help="put the scorecard's headline rows into the README")
+    readme.set_defaults(action=_readme)
 
     doctor = commands.add_parser("doctor", help="does this environment satisfy pyproject.toml?")
     doctor.add_argument("--extra", action="append", default=[], help="with this extra too")

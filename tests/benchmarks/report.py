@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sae_lib.study.paths import write_atomic
+from sae_lib.study.readme import put_between
 
 BEGIN, END = "<!-- benchmarks: python -m tests.benchmarks --readme -->", "<!-- end of benchmarks -->"
 STEP, HARVEST, TRANSFORMER = "dictionary step, 512 to {:,}", "harvest, 64 of 256 positions kept", "transformer step"
@@ -70,13 +70,5 @@ def heading(result: dict) -> str:
 
 
 def into_readme(result: dict, readme: Path) -> None:
-    """Put the short table between the README's two markers.
-
-    Raises ValueError if the markers are not there.
-    """
-    text = readme.read_text()
-    before, found, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
-        raise ValueError(f"{readme} has no place for the table between {BEGIN} and {END}")
-    write_atomic(readme, f"{before}{BEGIN}\n{short_table(result['rows'])}\n\n{heading(result)}\n{END}{after}")
+    """Put the short table between the README's two markers."""
+    put_between(readme, BEGIN, END, f"{short_table(result['rows'])}\n\n{heading(result)}")
