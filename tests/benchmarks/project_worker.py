@@ -16,6 +16,7 @@ from sae_lib.step import SPARSE_L0, LossGradient, adam_step
 from sae_lib.tokens import TokenData
 from sae_lib.train import TrainConfig, initial_state
 from sae_lib.transformer import TransformerConfig, build, load_transformer, mlp_activations, parameters
+from sae_lib.variants import Standard, TopK
 
 from .protocol import clock, serve
 from .trainings import Training, Trainings
@@ -39,9 +40,9 @@ class Project(Training):
     def __init__(self, pool: np.ndarray, batch_size: int, d_sae: int, lr: float, warmup: int, l1_coefficient: float = 0.0,
                  birth_density: float | None = None, k: int | None = None):
         self.lr, self.warmup, self.l1_coefficient = lr, warmup, l1_coefficient
-        self.config, rule = TrainConfig(n_activations=batch_size, batch_size=batch_size), _rule(k)
-        self.state = initial_state(_Pool(pool), SAEConfig(pool.shape[1], d_sae), birth_density, *rule)
-        self.gradient = LossGradient(self.state.p, self.config.dtype, *rule)
+        self.config, rule = TrainConfig(n_activations=batch_size, batch_size=batch_size), Standard() if k is None else TopK(k)
+        self.state = initial_state(_Pool(pool), SAEConfig(pool.shape[1], d_sae), birth_density, rule)
+        self.gradient = LossGradient(self.state.p, self.config.dtype, rule)
         self.scale, self.l0 = self.state.scale, None
 
     def step(self, x: Tensor, sparse: bool | None = None) -> None:
@@ -66,17 +67,6 @@ class Project(Training):
     def weights(self) -> dict[str, Tensor]:
         p = self.state.p
         return {"W_enc": p.W_enc_T.T, "b_enc": p.b_enc, "W_dec": p.W_dec, "b_dec": p.b_dec}
-
-
-def _rule(k: int | None) -> list:
-    """What chooses the activations, if it is not the ReLU."""
-    if k is None:
-        return []
-    try:
-        from sae_lib.variants import TopK
-    except ImportError as error:
-        raise NotImplementedError("the project has no TopK yet") from error
-    return [TopK(k)]
 
 
 # --- what the machine can do -------------------------------------------------------------------------------------------
