@@ -45,10 +45,10 @@ class Worker:
         except OSError:
             line = ""
         if not line:
-            raise WorkerError(f"The {self.module} process ended during '{operation}'; see {self.log_path}.")
+            raise WorkerError(f"The {self.module} process ended during '{operation}'; see benchmarks/{self.log_path.name} in the data folder.")
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(f"'{operation}' failed in the {self.module} process ({answer['error']}); see {self.log_path}.")
+            raise WorkerError(f"'{operation}' failed in the {self.module} process ({answer['error']}); see benchmarks/{self.log_path.name} in the data folder.")
         return answer
 
     def close(self) -> None:
