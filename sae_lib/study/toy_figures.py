@@ -259,6 +259,7 @@ def tradeoff_figure(table: pd.DataFrame, column: str, label: str, pca: float) ->
         row = table.loc[table[by].idxmax()]
         text += f"<br>λ = {row.l1:g}, {row.width:.0f} features"
         fig.add_annotation(x=row.explained, y=row[column], text=text, ax=ax, ay=ay)
-    fig.update_xaxes(title="explained variance", tickformat=".0%", autorangeoptions={"include": 1.08})
+    fig.update_xaxes(title="explained variance", tickformat=".0%", autorangeoptions={"include": 1.08},
+                     tickvals=np.linspace(0, 1, 21))  # what is beyond holds a label
     fig.update_yaxes(title=label)
     return fig.update_layout(legend={"orientation": "h", "y": -0.18})
