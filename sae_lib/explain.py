@@ -69,13 +69,13 @@ def _in_place(place: str, member: Bool[np.ndarray, "*sets n 9"]) -> Bool[np.ndar
     """From "this token is one of them" to "one of them stands in `place`", which a window's edge can leave unknown: false."""
     if place == "here":
         return member
-    seen = np.cumsum(member, axis=-1, dtype=np.int8)
-    before = seen - member
     if place in ("before", "before2"):
         steps = 1 if place == "before" else 2
         shifted = np.zeros_like(member)
         shifted[..., steps:] = member[..., :-steps]
         return shifted
+    seen = np.cumsum(member, axis=-1, dtype=np.int8)
+    before = seen - member
     if place == "left":  # at least half of what the window shows before, and that is two tokens or more
         n_before = np.arange(WINDOW)
         return (2 * before >= n_before) & (n_before >= 2)
@@ -110,6 +110,9 @@ class PatternExplainer:
         names, member = self.classes.names, self.classes.member
         self._pairs = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
         self._sets = np.array([member[i] & member[j] for i, j in self._pairs])
+        self._share = self._sets.mean(1)
+        self._class_literals = [Literal(place, name, tokens, CLASS_PRICE) for place in PLACES
+                                for name, tokens in zip(names, member, strict=True)]
 
     def explain(self, examples: Examples, top_logits: Int[np.ndarray, " top"],
                 bottom_logits: Int[np.ndarray, " bottom"]) -> PatternExplanation:
@@ -123,9 +126,7 @@ class PatternExplainer:
     def _literals(self, examples: Examples) -> list[Literal]:
         """Every condition worth trying: classes in all places, and tokens seen at least twice where the unit fires."""
         classes, tokens = self.classes, examples.tokens
-        literals = [Literal(place, name, member, CLASS_PRICE) for place in PLACES
-                    for name, member in zip(classes.names, classes.member, strict=True)]
-        fires = examples.levels > 0
+        literals, fires = list(self._class_literals), examples.levels > 0
         for place in ("here", "before", "before2", "earlier"):
             shift = {"here": 0, "before": 1, "before2": 2, "earlier": 3}[place]
             found, count = np.unique(tokens[:, :WINDOW - shift][fires[:, shift:]], return_counts=True)
@@ -143,7 +144,7 @@ class PatternExplainer:
 
     def _form(self, place: str, form: int) -> Literal:
         member = self.classes.form == form
-        spelling = min((self.classes.vocabulary[token] for token in np.flatnonzero(member)), key=len)
+        spelling = self.classes.spelling[form]
         return Literal(place, f"{quoted(spelling.strip().lower() or spelling)} in any spelling", member, TOKEN_PRICE)
 
     def _lists(self, examples: Examples) -> list[Literal]:
@@ -161,14 +162,16 @@ class PatternExplainer:
         if not len(top):
             return raises, ""
         price = LOGIT_PRICE * np.array([1 + (i != j) for i, j in self._pairs])
+        new, share = self._sets, self._share
         for _ in range(LOGIT_CLASSES):
-            new = self._sets & ~raises
-            gain = new[:, top].mean(1) - np.maximum(new.mean(1), new[:, bottom].sum(1) / max(len(bottom), 1)) - price
+            gain = new[:, top].mean(1) - np.maximum(share, new[:, bottom].sum(1) / max(len(bottom), 1)) - price
             best = int(gain.argmax())
             if gain[best] < LOGIT_MARGIN:
                 break
             raises |= self._sets[best]
             words.append(" that are also ".join(dict.fromkeys(self.classes.names[i] for i in self._pairs[best])))
+            new = self._sets & ~raises
+            share = new.mean(1)
         raises |= np.isin(self.classes.form, self.classes.form[top])
         shown = ", ".join(self.classes.show(token) for token in top.tolist())
         return raises, f"Makes more likely: {' or '.join([*words, f'tokens spelled like those shown ({shown})'])}."
@@ -186,17 +189,30 @@ def _sentence(base: float, clauses: Sequence[Clause]) -> str:
 
 # --- fitting ---------------------------------------------------------------------------------------------------------
 
+def _holds(literals: list[Literal], windows: Int[np.ndarray, "n 9"]) -> Bool[np.ndarray, "literals rows"]:
+    """Where each literal holds; those of the same place at once, for there are hundreds."""
+    holds = np.empty((len(literals), windows.size), dtype=bool)
+    for place in PLACES:
+        which = [i for i, literal in enumerate(literals) if literal.place == place]
+        if which:
+            members = np.array([literals[i].member[windows] for i in which])
+            holds[which] = _in_place(place, members).reshape(len(which), -1)
+    return holds
+
+
 def _fit(literals: list[Literal], windows: Int[np.ndarray, "n 9"],
          target: Float[np.ndarray, " rows"]) -> tuple[float, tuple[Clause, ...]]:
     """Base and clauses of a sparse additive model: greedily the best conjunction, then all strengths again by ridge."""
-    holds = np.array([literal.holds(windows).ravel() for literal in literals])
-    price = np.array([literal.price for literal in literals])
+    holds = _holds(literals, windows)
     first = {row.tobytes(): i for i, row in reversed(list(enumerate(holds)))}
-    keep = np.array([i for i in sorted(first.values()) if 0 < holds[i].sum() < holds.shape[1]], dtype=int)
+    keep = np.array(sorted(first.values()))
+    count = holds[keep].sum(1)
+    keep = keep[(count > 0) & (count < holds.shape[1])]
+    pairs = _Pairs(holds[keep], np.array([literals[i].price for i in keep]))
     chosen: list[tuple[int, ...]] = []
     strengths, residual, spread = np.array([target.mean()]), target - target.mean(), target.var() * len(target)
     while spread > 0 and len(keep) and len(chosen) < MAX_CLAUSES:
-        clause = _best_clause(holds[keep], price[keep], residual, spread)
+        clause = pairs.best_clause(residual, spread)
         if clause is None:
             break
         chosen.append(tuple(keep[list(clause)]))
@@ -208,25 +224,32 @@ def _fit(literals: list[Literal], windows: Int[np.ndarray, "n 9"],
     return float(strengths[0]), tuple(sorted(found, key=lambda clause: -clause.strength))
 
 
-def _best_clause(holds: Bool[np.ndarray, "literals rows"], price: Float[np.ndarray, " literals"],
-                 residual: Float[np.ndarray, " rows"], spread: float) -> tuple[int, ...] | None:
-    """The conjunction that explains most of the residual beyond its price; None if none is worth its price."""
-    rows, matrix = len(residual), holds.astype(np.float32)
-    centred = (residual - residual.mean()).astype(np.float32)
+class _Pairs:
+    """The conjunctions of two literals: how many rows each holds on and what it costs, which no residual changes."""
 
-    def worth(count: np.ndarray, total: np.ndarray, cost: np.ndarray) -> np.ndarray:
-        explained = total**2 / (count + PRIOR_ROWS) + total**2 / (rows - count + PRIOR_ROWS)
-        return np.where(count >= 2, explained / spread - cost, -np.inf)
+    def __init__(self, holds: Bool[np.ndarray, "literals rows"], price: Float[np.ndarray, " literals"]):
+        self.matrix, self.price = holds.astype(np.float32), price
+        self.count = self.matrix @ self.matrix.T
+        # A pair of a literal with itself is the literal alone.
+        self.cost = price[:, None] + price - np.diag(price)
 
-    # A pair of a literal with itself is the literal alone.
-    cost = price[:, None] + price - np.diag(price)
-    pairs = worth(matrix @ matrix.T, (matrix * centred) @ matrix.T, cost)
-    i, j = np.unravel_index(int(pairs.argmax()), pairs.shape)
-    clause, best = tuple(sorted({int(i), int(j)})), pairs[i, j]
-    if len(clause) == MAX_LITERALS - 1:
-        both = matrix[i] * matrix[j]
-        triples = worth(matrix @ both, matrix @ (both * centred), price + price[list(clause)].sum())
-        third = int(triples.argmax())
-        if triples[third] > best and third not in clause:
-            clause, best = (*clause, third), triples[third]
-    return clause if best > 0 else None
+    def best_clause(self, residual: Float[np.ndarray, " rows"], spread: float) -> tuple[int, ...] | None:
+        """The conjunction that explains most of the residual beyond its price; None if none is worth its price."""
+        matrix = self.matrix
+        centred = (residual - residual.mean()).astype(np.float32)
+
+        def worth(count: np.ndarray, total: np.ndarray, cost: np.ndarray) -> np.ndarray:
+            squared = total**2
+            explained = squared / (count + PRIOR_ROWS) + squared / (len(residual) - count + PRIOR_ROWS)
+            return np.where(count >= 2, explained / spread - cost, -np.inf)
+
+        pairs = worth(self.count, (matrix * centred) @ matrix.T, self.cost)
+        i, j = np.unravel_index(int(pairs.argmax()), pairs.shape)
+        clause, best = tuple(sorted({int(i), int(j)})), pairs[i, j]
+        if len(clause) == MAX_LITERALS - 1:
+            both = matrix[i] * matrix[j]
+            triples = worth(matrix @ both, matrix @ (both * centred), self.price + self.price[list(clause)].sum())
+            third = int(triples.argmax())
+            if triples[third] > best and third not in clause:
+                clause, best = (*clause, third), triples[third]
+        return clause if best > 0 else None

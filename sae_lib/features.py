@@ -246,18 +246,23 @@ def intervals(values: Float[np.ndarray, " active"], seed: int, unit: int) -> Int
     rng = numpy_generator(seed, "intervals", unit)
     chosen = rng.choice(len(values), min(SUBSAMPLE, len(values)), replace=False)
     maximum = float(values[chosen].max())
-    order = np.argsort(values, kind="stable")
-    examples = {"Top Activations": order[::-1][:ENDS]}
+    bottom, top = _ends(values)
+    examples = {"Top Activations": top}
     for k in range(LEVELS):
         level = maximum * (LEVELS - 1 - k) / (LEVELS - 1)
         nearest = np.argsort(np.abs(values[chosen] - level), kind="stable")
         examples[f"Subsample Interval {k}"] = chosen[nearest[:EXAMPLES]]
-    return Intervals(maximum, examples | {"Bottom Activations": order[:ENDS]})
+    return Intervals(maximum, examples | {"Bottom Activations": bottom})
 
 
-def _top(values: Float[np.ndarray, " active"]) -> Int[np.ndarray, " top"]:
-    """Positions of the 20 greatest activations, in no order; of all, if there are fewer."""
-    return np.argpartition(-values, min(ENDS, len(values)) - 1)[:ENDS]
+def _ends(values: Float[np.ndarray, " active"]) -> tuple[Int[np.ndarray, " ends"], Int[np.ndarray, " ends"]]:
+    """Positions of the 20 smallest activations, smallest first, and of the 20 greatest, greatest first; of all, if fewer.
+    Equals keep their order in the first and reverse it in the second, as in a sorted whole, which would take far longer.
+    """
+    n = min(ENDS, len(values))
+    low, high = np.partition(values, (n - 1, len(values) - n))[[n - 1, -n]]
+    sort = lambda candidates: candidates[np.argsort(values[candidates], kind="stable")]
+    return sort(np.flatnonzero(values <= low))[:n], sort(np.flatnonzero(values >= high))[::-1][:n]
 
 
 def top_in_context(table: csc_array, is_context: Bool[np.ndarray, " n_tokens"]) -> Int[np.ndarray, " n_units"]:
@@ -265,20 +270,20 @@ def top_in_context(table: csc_array, is_context: Bool[np.ndarray, " n_tokens"]) 
     found = np.zeros(table.shape[1], int)
     for unit in np.flatnonzero(np.diff(table.indptr)).tolist():
         where, values = column(table, unit)
-        found[unit] = is_context[where[_top(values)]].sum()
+        found[unit] = is_context[where[_ends(values)[1]]].sum()
     return found
 
 
 def is_single_token(table: csc_array, tokens: Int[np.ndarray, " n_tokens"]) -> Bool[np.ndarray, " n_units"]:
     """Whether the 20 greatest activations of each unit are all on the same token (B16); `tokens` are the token ids.
 
-    Of a unit with fewer activations all are looked at; one that is never active is no single-token unit.
+    Of a unit with fewer all are looked at; one that is never active is no single-token unit.
     """
     single = np.zeros(table.shape[1], bool)
     for unit in np.flatnonzero(np.diff(table.indptr)).tolist():
         where, values = column(table, unit)
-        top = _top(values)
-        single[unit] = (tokens[where[top]] == tokens[where[top[0]]]).all()
+        top = tokens[where[_ends(values)[1]]]
+        single[unit] = (top == top[0]).all()
     return single
 
 

@@ -88,9 +88,10 @@ class FlatText:
         self._order = np.argsort(self.tokens, kind="stable")
         self._starts = np.searchsorted(self.tokens[self._order], np.arange(self.tokens.max() + 2))
 
-    def occurrences(self, token: int) -> Int[np.ndarray, " n"]:
-        """Flat indices of a token."""
-        return self._order[self._starts[token]:self._starts[token + 1]]
+    def some_place(self, tokens: Int[np.ndarray, " n"], rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        """For each token the flat index of one of its occurrences, drawn at random."""
+        first = self._starts[tokens]
+        return self._order[first + rng.integers(self._starts[tokens + 1] - first)]
 
     def windows(self, index: Int[np.ndarray, " n"], width: int = WINDOW) -> Int[np.ndarray, "n width"]:
         """Flat indices of the `width` tokens around each token, moved inwards where the context ends."""
@@ -118,7 +119,7 @@ def sample_examples(text: FlatText, indices: Int[np.ndarray, " active"], values:
     pools = {name: indices[rng.permutation(intervals[name])] for name in names}
     at_random = rng.integers(len(text.tokens), size=200)
     tops = indices[intervals[names[0]]]
-    elsewhere = np.array([rng.choice(text.occurrences(token)) for token in rng.choice(text.tokens[tops], 200).tolist()])
+    elsewhere = text.some_place(rng.choice(text.tokens[tops], 200), rng)
     pools[RANDOM] = at_random[text.tokens[at_random] != ActivationStream.END_OF_TEXT]
     pools[ELSEWHERE] = elsewhere[~np.isin(elsewhere // text.n_ctx, tops // text.n_ctx)]
 
@@ -186,10 +187,12 @@ def interval_scores(predicted: Float[np.ndarray, "n 9"], examples: Examples, own
     """
     source = np.array(examples.source)
     silent = predicted[source == RANDOM][examples.levels[source == RANDOM] == 0]
-    of_example = predicted[own]
-    above = [(x > silent).mean() + (x == silent).mean() / 2 for x in of_example] if len(silent) else []
-    found = pd.Series(above, source[:len(above)], dtype=float).groupby(level=0, sort=False).mean()
-    return {name: value for name, value in found.items() if name not in (RANDOM, ELSEWHERE)}
+    if not len(silent):
+        return {}
+    of_example = predicted[own][:, None]
+    above = (of_example > silent).mean(1) + (of_example == silent).mean(1) / 2
+    names = [name for name in dict.fromkeys(examples.source) if name not in (RANDOM, ELSEWHERE)]
+    return {name: float(above[source == name].mean()) for name in names}
 
 
 def like_the_top(intervals: Intervals, labels: Int[np.ndarray, " active"]) -> dict[str, float]:

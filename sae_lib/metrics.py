@@ -201,7 +201,10 @@ def bootstrap_interval(document_sums: np.ndarray, statistic: Callable[[np.ndarra
     chunk = max(1, 20_000_000 // n)  # draws at once: some 160 MB of weights
     totals = [rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, n_boot - start)) @ sums
               for start in range(0, n_boot, chunk)]
-    low, high = np.nanquantile(statistic(np.concatenate(totals)), [(1 - level) / 2, (1 + level) / 2])
+    drawn = statistic(np.concatenate(totals))
+    if np.isnan(drawn).all():  # of which no quantile is known either
+        return Interval(float(statistic(sums.sum(0))), np.nan, np.nan)
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(sums.sum(0))), float(low), float(high))
 
 

@@ -20,8 +20,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sae_lib.errors import StudyError
@@ -129,6 +128,21 @@ class SAE(nn.Module):
     def _enter_bias(self, change: Float[Tensor, " d_sae"]) -> None:
         self.b_enc.add_(change)
 
+    @torch.no_grad()
+    def enter_decoder_bias_(self) -> "SAE":
+        """Give a dictionary whose encoder was made for `x` the same activations although `b_dec` is subtracted here."""
+        self._enter_bias(self.b_dec @ self.W_enc)
+        return self
+
+    @torch.no_grad()
+    def enter_decoder_norms_(self) -> "SAE":
+        """Measure activations in units of decoder rows, which become 1 long; the reconstruction stays."""
+        norms = self.W_dec.norm(dim=1).clamp(min=1e-8)
+        for value in (*self._in_units_of_features(), self.W_enc):
+            value.mul_(norms)
+        self.W_dec.div_(norms[:, None])
+        return self
+
     def settings(self) -> dict:
         """What `cfg.json` says of this kind only."""
         return {}
@@ -160,41 +174,10 @@ class SAE(nn.Module):
 
     @staticmethod
     def load(folder: Path) -> "SAE":
-        """Read a dictionary in SAELens layout, of whatever kind it is.
+        """Read a dictionary of whatever kind, in SAELens layout or another's; see `interchange.read`."""
+        from sae_lib import interchange  # imports this file
 
-        Raises StudyError if the folder holds none, or one that is damaged or of a kind that is not known here.
-        """
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise StudyError(f"{folder} holds no dictionary, for it lacks {name}; give the folder that an SAE was saved to.")
-        try:
-            cfg = json.loads((folder / CONFIG_FILE).read_text())
-            metadata = cfg["metadata"]
-            config = SAEConfig(cfg["d_in"], cfg["d_sae"], metadata.get("seed", 0), metadata.get("model_name", ""),
-                               metadata.get("hook_name", ""), metadata.get("context_size", 0))
-            weights = {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
-            kind = SAE.kinds.get(cfg.get("architecture"))
-            sae = kind.from_settings(config, cfg) if kind else None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise StudyError(f"The dictionary in {folder} is damaged ({type(error).__name__}); delete the folder and make "
-                             "it again.") from error
-        if sae is None:
-            raise StudyError(f"The dictionary in {folder} has architecture = {cfg.get('architecture')!r}, and only "
-                             f"{', '.join(SAE.kinds)} can be read; convert it first.")
-        expected = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"} | sae.settings()
-        for key, value in expected.items():
-            if cfg.get(key) != value:
-                raise StudyError(f"The dictionary in {folder} has {key} = {cfg.get(key)!r} where only {value!r} can be read; "
-                                 "convert it first.")
-        shapes = {name: tuple(value.shape) for name, value in sae.named_parameters()}
-        found = {name: tuple(value.shape) for name, value in weights.items()}
-        if shapes != found or not all(value.isfinite().all() for value in weights.values()):
-            raise StudyError(f"The weights in {folder} do not fit its {CONFIG_FILE} ({found} instead of {shapes}, all "
-                             "finite); delete the folder and make it again.")
-        sae.load_state_dict(weights)
-        sae.metadata = {key: value for key, value in metadata.items()
-                        if key not in ("sae_lens_version", "model_name", "hook_name", "context_size", "prepend_bos", "seed")}
-        return sae.requires_grad_(False)
+        return interchange.read(folder)
 
 
 SAE.kinds[SAE.architecture] = SAE

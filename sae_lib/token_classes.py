@@ -98,6 +98,10 @@ class Classes:
         keys = [token.strip().lower() or token for token in vocabulary]
         self.form: Int[np.ndarray, " d_vocab"] = np.unique(np.array(keys, dtype=object), return_inverse=True)[1]
         self.form_size = np.bincount(self.form)
+        self.spelling: dict[int, bytes] = {}  # the shortest of each form
+        for form, token in zip(self.form.tolist(), vocabulary, strict=True):
+            if form not in self.spelling or len(token) < len(self.spelling[form]):
+                self.spelling[form] = token
 
     def show(self, token: int) -> str:
         """A token as it can stand in a sentence."""

@@ -1,6 +1,7 @@
 """The arithmetic of the benchmark, who is measured when, and what it says when there are no peers. Nothing is timed."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 from benchmarks import peers
@@ -15,11 +16,14 @@ from benchmarks.arithmetic import (
     unit_norm_scale,
 )
 from benchmarks.dictionaries import begin
+from benchmarks.exchange import answer, fill
+from benchmarks.interchange import interchange
 from benchmarks.measure import QUICK, Arm, Benchmark, alternate
 from benchmarks.protocol import FOLDER, WorkerError
 from benchmarks.report import BEGIN, END, into_readme, short_table, table
 
 from sae_lib.errors import StudyError
+from sae_lib.sae import SAE, SAEConfig, TopKSAE
 
 
 def test_a_rate_is_the_median_over_rounds_of_each_rounds_mean_step():
@@ -173,3 +177,35 @@ def test_an_environment_that_is_there_is_not_made_again(tmp_path, monkeypatch):
         python, why = peers.environment(tmp_path / "venv", tmp_path / "install.log", lambda _: None)
         assert python == str(tmp_path / "venv" / "bin" / "python") and not why
     assert len(made) == 4  # environment, torch, peers, and the one whose requirements contradict
+
+
+class Reader:
+    """A peer that reads our files as we do, adds `error` to each feature, and writes one of its own."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def ask(self, operation, folder):
+        path = Path(folder)
+        if operation == "write":
+            path /= "mine"
+            fill(TopKSAE(SAEConfig(24, 96), 8)).requires_grad_(False).save(path)
+        sae = SAE.load(path)
+        answer(path, lambda x: sae.encode(x) + self.error, lambda f: sae.decode(f - self.error))
+        return {"names": ["mine"]}
+
+    def close(self):
+        """Nothing is open."""
+
+
+@pytest.mark.parametrize("error, differ", [(0.0, 0), (1e-3, 8)])
+def test_what_another_library_reads_otherwise_is_noted(tmp_path, error, differ):
+    reader, said = Reader(error), []
+    b = Benchmark(QUICK, tmp_path, start=lambda _: reader, peers=True, say=said.append, workers={"saelens": reader})
+    interchange(b)
+    ids = [row["id"] for row in b.rows]
+    kinds, others = ("standard", "topk", "jumprelu", "gated", "batchtopk"), ("saelens", "dictionary_learning", "sparsify")
+    assert ids == [*(f"interchange.project.{kind}.read_by_saelens" for kind in kinds),
+                   *(f"interchange.{peer}.mine.read_by_project" for peer in others)]
+    assert all(row["project"] == pytest.approx(error, abs=1e-6) for row in b.rows)
+    assert len(b.notes) == differ and all("differs by 0.001" in note for note in b.notes)

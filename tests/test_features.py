@@ -209,6 +209,14 @@ def test_a_unit_with_few_activations_reuses_its_examples():
         intervals(np.zeros(0, np.float32), seed=0, unit=7)
 
 
+def test_the_ends_are_those_of_a_sorted_whole_where_many_are_equal():
+    for n in (1, 19, 20, 21, 500):
+        values = np.random.default_rng(n).integers(1, 6, n).astype(np.float32)
+        order, found = np.argsort(values, kind="stable"), intervals(values, seed=0, unit=0).examples
+        assert found["Top Activations"].tolist() == order[::-1][:20].tolist()
+        assert found["Bottom Activations"].tolist() == order[:20].tolist()
+
+
 def test_levels_are_of_a_subsample_of_1000_while_the_top_is_of_all():
     values = np.append(np.linspace(0.001, 1, 9999), 50).astype(np.float32)
     draws = [intervals(values, seed=0, unit=unit) for unit in range(20)]

@@ -1,6 +1,7 @@
 """Metrics against cases whose answers are known in closed form (the table of cases in field_notes section 4, and more)."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -161,6 +162,13 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says():
         assert interval.low <= interval.value <= interval.high
         covered += interval.low <= 0.3 <= interval.high
     assert 0.88 <= covered / 300 <= 0.99
+
+
+def test_what_no_draw_defines_has_no_interval_and_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nothing = bootstrap_interval(np.ones((3, 1)), lambda t: np.full(t.shape[:-1], np.nan), n_boot=5)
+    assert all(math.isnan(end) for end in nothing)
 
 
 def test_bootstrap_depends_on_its_seed_alone_and_needs_documents():

@@ -125,7 +125,6 @@ def put(folder, name, value):
     (truncate, "damaged"),
     (lambda f: rewrite(f, architecture="transcoder"), "architecture = 'transcoder'"),
     (lambda f: rewrite(f, architecture=["standard"]), "damaged"),
-    (lambda f: rewrite(f, apply_b_dec_to_input=False), "apply_b_dec_to_input"),
     (lambda f: rewrite(f, normalize_activations="layer_norm"), "normalize_activations"),
     (lambda f: rewrite(f, d_sae=11), "do not fit"),
     (lambda f: put(f, "threshold", torch.ones(10)), "do not fit"),

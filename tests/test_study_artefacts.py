@@ -117,6 +117,18 @@ def test_reference_of_other_sizes_is_not_taken(store):
     assert store.stage("sae", Config(), Maker(), reference=False).source == "made"
 
 
+def test_reference_measured_on_another_dictionary_is_not_taken(store):
+    """What belongs to the committed dictionary says nothing of one that was trained here by the same recipe."""
+    auto = store_like(store, "auto")
+    made = {text: auto.stage("sae", Config(), Maker(), fingerprint=text) for text in ("theirs", "ours")}
+    auto.stage("scores", {}, Maker(), inputs=[made["theirs"]])
+    for name, key in (("sae", made["theirs"].key), ("scores", None)):
+        store.promote(name, key)
+    shutil.rmtree(store.root / "artefacts" / "scores")
+    assert store.stage("scores", {}, Maker(), inputs=[made["theirs"]]).source == "reference"
+    assert store.stage("scores", {}, Maker(), inputs=[made["ours"]]).source == "made"
+
+
 def test_train_never_takes_the_reference_but_its_own_cache(store):
     promoted(store)
     make, train = Maker("own"), store_like(store, "train")

@@ -62,6 +62,20 @@ def test_a_summary_leaves_out_units_without_a_score():
     assert table.units.tolist() == [3, 1, 0] and table.value.isna().tolist() == [False, True, True]
 
 
+def test_differences_are_told_apart_where_intervals_overlap():
+    rng = np.random.default_rng(0)
+    given = {"feature": found({"x": rng.normal(0.6, 0.1, 400)}), "ica": found({"x": rng.normal(0.585, 0.1, 400)}),
+             "pca": found({}), "neuron": found({"x": [0.1, np.nan]})}
+    table = scores.differences(given, "x", statistic=np.mean, n_boot=4000)
+    assert table.index.tolist() == ["ica"]
+    means = [given[name].units.x.mean() for name in ("feature", "ica")]
+    assert table.value["ica"] == pytest.approx(means[0] - means[1])
+    # The standard error of a difference is the root of the sum of both squared: 0.1 * sqrt(2 / 400).
+    assert table.high["ica"] - table.low["ica"] == pytest.approx(2 * 1.96 * 0.1 * (2 / 400) ** 0.5, rel=0.1)
+    assert table.low["ica"] < table.value["ica"] < table.high["ica"]
+    assert scores.differences({"ica": given["ica"]}, "x").empty
+
+
 def test_intervals_in_their_order_and_averaged_over_units():
     columns = {f"token: {name}": [i, i + 1.0] * 5 for i, name in enumerate(scores.INTERVALS)}
     columns["token: Bottom Activations"][0] = np.nan  # nine units are too few

@@ -52,3 +52,9 @@ def test_help_and_ci_lead_to_the_same_script():
     done = subprocess.run(["bash", str(REPOSITORY / "run_all.sh"), "--help"], capture_output=True, text=True, cwd="/", check=True)
     assert "--profile" in done.stdout and "--test" in done.stdout
     assert "run_all.sh\" --test" in (REPOSITORY / ".ci" / "run").read_text()
+
+
+def test_the_machine_check_says_what_to_do():
+    rows = environment.machine_check()
+    assert {"Python", "cores", "memory", "free disk"} <= {name for name, _, _ in rows}
+    assert dict((name, verdict) for name, _, verdict in rows)["Python"] == "ok"

@@ -92,6 +92,9 @@ def test_a_family_has_its_specific_features_or_else_the_best_and_the_links_betwe
     assert (len(specific.x), len(best.x)) == (2, 1)
     assert "&lt;b&gt;" in specific.hovertext[0]
     assert fig.layout.annotations[0].text.endswith("\u2068ACAC<b>&lt;b&gt;</b>\u2069</span>")
+    named = width_figures.family_figure(found, each, ["ক".encode(), b"<b>"])  # an image may have no font for it, a browser has
+    assert named.layout.annotations[0].text == "\u2068'‹Bengali ka›'\u2069 \u2068'&lt;b&gt;'\u2069"
+    assert "ক" in named.data[-1].hovertext[0]
     heat = width_figures.members_figure(found, each).data[0]
     np.testing.assert_allclose(heat.z, 0.25)
     assert heat.y == ("1x / 2", "2x / 1", "2x / 5")

@@ -350,9 +350,6 @@ def test_an_unknown_topk_without_k_is_refused(tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps({key: value for key, value in cfg.items() if key != "k"}))
     with pytest.raises(StudyError, match="damaged"):
         SAE.load(tmp_path)
-    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"rescale_acts_by_decoder_norm": True}))
-    with pytest.raises(StudyError, match="rescale_acts_by_decoder_norm = True"):
-        SAE.load(tmp_path)
 
 
 def test_the_penalty_of_jumprelu_pushes_towards_the_target():

@@ -38,7 +38,7 @@ from plotly.subplots import make_subplots
 from sae_lib import rubric, study
 from sae_lib.study.figures import COLOURS
 from sae_lib.study.rater import Rater
-from sae_lib.study.scores import INTERVALS, KINDS, by_interval, explainer, rating, score, summary, text_of
+from sae_lib.study.scores import INTERVALS, KINDS, by_interval, differences, explainer, rating, score, summary, text_of
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
 
@@ -146,6 +146,15 @@ study.show(fig, "05-activation-scores", claim=f"Explanations of features predict
            f"features are clearly above {len(above)} of {len(OTHERS)} other ways to cut", alt="Scores of each unit by kind, with medians: " + spelled(activation) + ".")
 
 # %% [markdown]
+# Two intervals may overlap although the difference is not by chance: rarely do both medians err, and towards each other. The
+# scorecard's verdict asks for intervals apart; the difference, with an interval of its own, stands in its caveat.
+
+# %%
+apart = differences({kind: scores[kind] for kind in ("feature", *OTHERS)}, "spearman", **draws)
+spelled_apart = {kind: f"features higher by {m.value:.2f} ({m.low:.2f} to {m.high:.2f})" for kind, m in apart.iterrows()}
+print("\n".join(f"{KINDS[kind]}: {text}" for kind, text in spelled_apart.items()) or "too few scores to compare")
+
+# %% [markdown]
 # ### Does it depend on the score?
 #
 # Pearson's correlation asks mostly about strong activations; in the paper it looks "almost identical" to Spearman's. The
@@ -174,7 +183,7 @@ for kind, m in activation.iterrows():
     else:
         claim, verdict = f"Activations of {KINDS[kind]} are explained less well than features'", "reproduced" if m.high < f.low else "partly" if m.value < f.value else "not"
     row(f"05.score.activation.{kind}", claim=claim, paper="figure only", paper_source=ACTIVATION_PLACE[kind], ours=number(m.value), low=number(m.low), high=number(m.high),
-        seeds=1, verdict=verdict, caveat=f"{caveat('spearman', kind)}; Pearson {variants['Pearson'].value[kind]:.2f}")
+        seeds=1, verdict=verdict, caveat="; ".join(filter(None, [caveat("spearman", kind), f"Pearson {variants['Pearson'].value[kind]:.2f}", spelled_apart.get(kind)])))
 
 # %% [markdown]
 # ## 4 · Explaining effects

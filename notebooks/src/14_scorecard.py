@@ -95,7 +95,7 @@ fig.update_layout(height=200 + 26 * len(here), xaxis_title="value / the value of
                   legend=dict(orientation="h", x=0, y=-90 / (60 + 26 * len(here)), yanchor="top"))
 
 # %%
-said = f"Other trainings differ by {away.median():.0%} in the median of {len(away)} headline numbers" if len(away) else "No other trainings are known: their numbers were not made"
+said = f"Other trainings differ by {away.median():.0%} in the median of {len(away)} headline numbers" if len(away) else f"How much {len(here)} numbers depend on the text: there is no other training yet to compare with"
 study.show(fig, "14-trainings", claim=said, alt=said + "".join(f"; {i}: at most {share:.0%}" for i, share in away.items()) + ".")
 
 # %% [markdown]

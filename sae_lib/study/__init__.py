@@ -7,7 +7,7 @@ import importlib
 
 _HOMES = {
     "begin": "pipeline",
-    "machine_check": "pipeline",
+    "machine_check": "environment",
     "show": "figures",
     "style": "figures",
 }

@@ -75,7 +75,7 @@ class Store:
         """
         recipe_key = _key(name, canonical(config), version, [artefact.recipe_key for artefact in inputs])
         key = _key(recipe_key, fingerprint, [artefact.key for artefact in inputs])
-        find = lambda: self._find(name, key, recipe_key, reference and self.mode != "train")
+        find = lambda: self._find(name, key, recipe_key, inputs if reference and self.mode != "train" else None)
         found = find()
         if found is None and make is None:
             return None
@@ -130,7 +130,8 @@ class Store:
             shutil.rmtree(old, ignore_errors=True)
         return target
 
-    def _find(self, name: str, key: str, recipe_key: str, reference: bool) -> Artefact | None:
+    def _find(self, name: str, key: str, recipe_key: str, inputs: Sequence[Artefact] | None) -> Artefact | None:
+        """The artefact in the cache, or the committed one made from these inputs (None: no committed one is wanted)."""
         folder = self.root / "artefacts" / name / key
         if folder.exists():
             manifest = verify(folder, self.command)
@@ -138,13 +139,20 @@ class Store:
                 raise _damaged(folder / MANIFEST, "is of another artefact", folder, self.command)
             return Artefact(name, key, recipe_key, folder, manifest, "cache")
         folder = self.reference / name
-        if reference and folder.exists():
+        if inputs is not None and folder.exists():
             # The hashes are checked only once the recipe fits: a reference for other sizes is no business of this run.
             manifest = paths.read_json(folder / MANIFEST)
-            if manifest is None or manifest.get("recipe_key") == recipe_key:
+            if manifest is None or manifest.get("recipe_key") == recipe_key and self._made_from(manifest, inputs):
                 manifest = verify(folder, self.command)
                 return Artefact(name, manifest["key"], recipe_key, folder, manifest, "reference")
         return None
+
+    def _made_from(self, manifest: dict, inputs: Sequence[Artefact]) -> bool:
+        """Whether a committed artefact is of the inputs at hand: what was measured on the committed dictionary says nothing of
+        one trained here. Inputs that are never committed, such as tokens, may be of another environment's text.
+        """
+        keys = {recorded["name"]: recorded["key"] for recorded in manifest.get("inputs", [])}
+        return all(keys.get(artefact.name) == artefact.key for artefact in inputs if (self.reference / artefact.name).exists())
 
     def _make(self, recipe: dict, make: Callable[[Path, Path], object]) -> Artefact:
         name, key = recipe["name"], recipe["key"]

@@ -41,7 +41,12 @@ def spelled(token: bytes) -> str:
         text = token.decode("utf-8")
     except UnicodeDecodeError:
         return quoted(token)
-    return repr("".join(c if any(first <= c <= last for first, last in IN_EVERY_FONT) else f"‹{_name(c)}›" for c in text))
+    return repr("".join(c if in_every_font(c) else f"‹{_name(c)}›" for c in text))
+
+
+def in_every_font(text: str) -> bool:
+    """Whether the font of an image surely has all characters of a text."""
+    return all(any(first <= c <= last for first, last in IN_EVERY_FONT) for c in text)
 
 
 def _name(character: str) -> str:

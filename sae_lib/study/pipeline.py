@@ -1,9 +1,6 @@
 """What the notebooks ask for: each slow product of the study by its name, loaded if it exists, else made."""
 
 import json
-import platform
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -12,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -26,14 +22,12 @@ from sae_lib.errors import StudyError
 from sae_lib.evaluate import Text, best_detectors, count_won, held_out_pass
 from sae_lib.memory import fitting_plan
 from sae_lib.metrics import Interval, bootstrap_interval, density_summary, pearson_from_sums
-from sae_lib.precision import low_precision
 from sae_lib.pretrain import train_transformer
 from sae_lib.proxies import token_bytes
 from sae_lib.sae import SAE, SAEConfig
 from sae_lib.shrinkage import Correction, apply_correction, fit_correction
 from sae_lib.study import environment, paths
 from sae_lib.study.artefacts import Artefact, Store
-from sae_lib.study.export import find_browser
 from sae_lib.study.profiles import PROFILES
 from sae_lib.study.scorecard import Scorecard
 from sae_lib.tokens import TokenData
@@ -271,25 +265,6 @@ class Study:
                                     inputs=[model.artefact, dictionary.artefact, self.tokens_artefact])
         won = Interval(**json.loads((artefact.path / "won.json").read_text()))
         return pd.read_json(artefact.path / "detectors.json", orient="records"), won
-
-
-def _check(name: str, found: str, fine: bool, advice: str) -> tuple[str, str, str]:
-    return name, found, "ok" if fine else advice
-
-
-def machine_check() -> list[tuple[str, str, str]]:
-    """What the study needs of a machine, what this one has, and what to do where that is too little."""
-    memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(paths.data().parent).free / 2**30
-    return [
-        _check("Python", platform.python_version(), sys.version_info >= (3, 11), "use Python 3.11 or newer"),
-        _check("cores", str(environment.cpus()), environment.cpus() >= 2, "training will take twice as long"),
-        _check("memory", f"{memory:.1f} GiB", memory >= 7, "close other programs or use the smoke profile"),
-        _check("free disk", f"{disk:.1f} GiB", disk >= 2, "free 2 GiB"),
-        _check("low-precision products", str(low_precision()).removeprefix("torch."), low_precision() != torch.float32,
-               "this processor has none: training will take longer"),
-        _check("GPU", "yes" if torch.cuda.is_available() else "no", True, ""),
-        _check("browser for PNG files", str(find_browser() or "none"), True, ""),
-    ]
 
 
 def begin(profile: str, seed: int, artefacts: str, corpus: str) -> Study:

@@ -147,8 +147,7 @@ def score(study: Study, name: str) -> Scores:
         (out / "rated.json").write_text(json.dumps([item | {"unit": number[item["unit"]]} for item in rated]))
 
     config = {"units": n, "contexts": study.profile.scored_contexts, "explainer": by, "seed": study.seed}
-    # Measured on this environment's own text, so a committed one would not do.
-    path = study.store.stage(f"scores_{name}", config, make, inputs=[study.tokens_artefact, *chosen.inputs], reference=False).path
+    path = study.store.stage(f"scores_{name}", config, make, inputs=[study.tokens_artefact, *chosen.inputs]).path
     counts = json.loads((path / "counts.json").read_text())
     return Scores(pd.read_json(path / "scores.json", orient="records"),
                   share_interval(counts["living"], counts["candidates"]),
@@ -229,6 +228,25 @@ def summary(scores: dict[str, Scores], column: str, statistic: Callable = np.med
         interval = interpret.unit_interval(known, statistic, **draws) if len(known) > 1 else nothing
         rows[name] = interval._asdict() | {"units": len(known)}
     return pd.DataFrame(rows).T
+
+
+def differences(scores: dict[str, Scores], column: str, of: str = "feature", statistic: Callable = np.median, seed: int = 0,
+                n_boot: int = 1000) -> pd.DataFrame:
+    """By how much a statistic of one kind's units is above that of each other kind, with a bootstrap over both kinds' units:
+    value, low, high; kinds with fewer than two scores are left out.
+
+    Two intervals may overlap although the difference is not by chance: rarely do both err, and towards each other.
+    """
+    known = {name: found.units[column].dropna().to_numpy() for name, found in scores.items() if column in found.units}
+    known = {name: values for name, values in known.items() if len(values) > 1}
+    drawn = {name: statistic(numpy_generator(seed, f"differences: {name}").choice(values, (n_boot, len(values))), axis=1)
+             for name, values in known.items()}
+    rows = {}
+    for name in known if of in known else ():
+        if name != of:
+            value, ends = statistic(known[of]) - statistic(known[name]), np.quantile(drawn[of] - drawn[name], (0.025, 0.975))
+            rows[name] = Interval(value, min(value, ends[0]), max(value, ends[1]))._asdict()
+    return pd.DataFrame(rows, index=Interval._fields).T
 
 
 def by_interval(scores: dict[str, Scores], prefix: str, **draws: int) -> pd.DataFrame:

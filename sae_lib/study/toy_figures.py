@@ -254,10 +254,12 @@ def tradeoff_figure(table: pd.DataFrame, column: str, label: str, pca: float) ->
                         hovertemplate="%{customdata[0]} features, L0 %{customdata[1]:.1f}<extra></extra>")
     fig.add_scatter(x=[1], y=[pca], mode="markers", name="all principal components",
                     marker={"size": 13, "symbol": "star", "color": "#000000"})
-    for text, by, shift in (("best reconstruction", "explained", 30), ("best recovery", column, -30)):
+    # Where no points are: those of little recovery are on the left of a best reconstruction, and below a best recovery.
+    for text, by, ax, ay in (("best reconstruction", "explained", 125, -60), ("best recovery", column, -140, -32)):
         row = table.loc[table[by].idxmax()]
         text += f"<br>λ = {row.l1:g}, {row.width:.0f} features"
-        fig.add_annotation(x=row.explained, y=row[column], text=text, ax=-80, ay=shift)
-    fig.update_xaxes(title="explained variance", tickformat=".0%")
+        fig.add_annotation(x=row.explained, y=row[column], text=text, ax=ax, ay=ay)
+    fig.update_xaxes(title="explained variance", tickformat=".0%", autorangeoptions={"include": 1.08},
+                     tickvals=np.linspace(0, 1, 21))  # what is beyond holds a label
     fig.update_yaxes(title=label)
     return fig.update_layout(legend={"orientation": "h", "y": -0.18})

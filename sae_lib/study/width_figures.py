@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.sparse import csr_array
 
-from sae_lib.study.diagrams import escaped, token_list
+from sae_lib.study.diagrams import escaped, in_every_font, spelled, token_list
 from sae_lib.study.figures import COLOURS
 from sae_lib.study.token_html import pieces
 from sae_lib.study.widths import CLASSES, RULES, Width
@@ -104,6 +104,15 @@ def _example(ids: Sequence[int], vocabulary: Sequence[bytes]) -> str:
     return f"<span style='color:#666666'>\u2068{escaped(shown)}<b>{escaped(last)}</b>\u2069</span>"
 
 
+def _label(ids: np.ndarray, examples: Sequence[Sequence[int]], vocabulary: Sequence[bytes]) -> str:
+    """What stands beside a marker: the tokens it fires on and its strongest example, or, where the font of an image may lack the
+    letters, more of the tokens, by the names of their letters."""
+    strongest = examples[:1]
+    if all(in_every_font("".join(pieces(vocabulary[t] for t in text))) for text in strongest):
+        return "  ".join([_spell(ids, vocabulary, 18), *(_example(text, vocabulary) for text in strongest)])
+    return token_list([vocabulary[t] for t in ids if t >= 0], 44, spelled)
+
+
 def _placed(found: Family) -> pd.DataFrame:
     """The nodes that are drawn, with their place from 0 (top) to 1: near those that they are linked to at the width before."""
     shown = found.nodes.groupby("width", sort=True).head(SHOWN).copy()
@@ -136,9 +145,9 @@ def family_figure(found: Family, widths: Sequence[Width], vocabulary: Sequence[b
                   "opacity": 1}
         fig.add_scatter(x=part.width, y=part.y, mode="markers", name=name, hovertext=hover, hoverinfo="text", marker=marker)
         # On white, for links of other features pass behind.
-        for x, y, label, own in zip(part.width, part.y, tokens, texts, strict=True):
-            fig.add_annotation(x=x, y=y, xshift=13, text="  ".join([label, *own[:1]]), showarrow=False, xanchor="left",
-                               borderpad=1, bgcolor="rgba(255,255,255,0.85)", font={"size": 11})
+        for x, y, unit, examples in zip(part.width, part.y, part.unit, part.examples, strict=True):
+            fig.add_annotation(x=x, y=y, xshift=13, text=_label(widths[x].fires_on[unit], examples, vocabulary), showarrow=False,
+                               xanchor="left", borderpad=1, bgcolor="rgba(255,255,255,0.85)", font={"size": 11})
     n = shown.width.value_counts().max()
     names = [f"{each.name}: {count}" for each, count in zip(widths, found.counts, strict=True)]
     fig.update_xaxes(tickvals=list(range(len(widths))), ticktext=names, range=[-0.12, len(widths) - 1 + LABEL], showgrid=False,

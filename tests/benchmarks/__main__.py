@@ -17,6 +17,7 @@ from sae_lib.study import environment, paths
 
 from . import dictionaries, figure, peers, report
 from .curves import curves
+from .interchange import interchange
 from .measure import FULL, QUICK, Benchmark
 from .model import harvest, transformer
 from .protocol import FOLDER, PROCESSOR_TIME, Worker
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=environment.cpus())
     parser.add_argument("--processor-time", action="store_true",
                         help="count the processor's seconds, with one thread: for a machine on which other work is running")
-    parser.add_argument("--only", default="", help="parts to measure: relu, topk, wide, harvest, transformer, curves")
+    parser.add_argument("--only", default="", help="some of relu, topk, wide, harvest, transformer, curves, interchange")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where results.json and the figure go")
     parser.add_argument("--readme", action="store_true", help="measure nothing: put the table of results.json into the README")
     arguments = parser.parse_args()
@@ -80,7 +81,8 @@ def main() -> int:
     benchmark = Benchmark(QUICK if arguments.quick else FULL, folder, start, peers=python is not None, say=say)
     if why:
         benchmark.note(why)
-    parts = [*dictionaries.parts(benchmark.sizes), ("harvest", harvest), ("transformer", transformer), ("curves", curves)]
+    parts = [*dictionaries.parts(benchmark.sizes), ("harvest", harvest), ("transformer", transformer), ("curves", curves),
+             ("interchange", interchange)]
     only = set(filter(None, arguments.only.split(",")))
     began = time.monotonic()
     benchmark.run([part for name, part in parts if not only or name in only], *inputs())

@@ -4,12 +4,16 @@ On a CPU trainSAE does not autocast, so float32 is all there is. Its activation 
 installed beside SAELens; nothing measured here uses it, so an empty module takes its place.
 """
 
+import json
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from .exchange import D_IN, D_SAE, THRESHOLD, K, answer, fill
 from .protocol import serve
 from .trainings import Training, Trainings
 
@@ -17,8 +21,16 @@ nnsight = ModuleType("nnsight")
 nnsight.LanguageModel = object
 sys.modules.setdefault("nnsight", nnsight)
 
+from dictionary_learning.dictionary import (  # noqa: E402
+    AutoEncoder,
+    AutoEncoderNew,
+    GatedAutoEncoder,
+    JumpReluAutoEncoder,
+)
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE  # noqa: E402
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE  # noqa: E402
 from dictionary_learning.trainers.standard import StandardTrainer  # noqa: E402
-from dictionary_learning.trainers.top_k import TopKTrainer  # noqa: E402
+from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer  # noqa: E402
 
 STEPS = 10 ** 6  # more than any run here makes: its schedule has no decay unless asked
 
@@ -47,5 +59,27 @@ class DictionaryLearning(Training):
         return self.trainer.loss(x * self.scale, step=0).item()
 
 
+# --- dictionaries on disk ----------------------------------------------------------------------------------------------
+
+KINDS = {AutoEncoder: {}, AutoEncoderNew: {}, GatedAutoEncoder: {}, JumpReluAutoEncoder: {}, AutoEncoderTopK: {"k": K},
+         BatchTopKSAE: {"k": K}, MatryoshkaBatchTopKSAE: {"k": K, "group_sizes": [D_SAE // 4, D_SAE // 4, D_SAE // 2]}}
+
+
+def write(folder: str) -> dict:
+    """A dictionary of each class, as trainSAE saves it, and what it gives when its class has read it again."""
+    for kind, how in KINDS.items():
+        path = Path(folder) / kind.__name__
+        path.mkdir(parents=True)
+        made = fill(kind(D_IN, D_SAE, **how))
+        if "k" in how:
+            made.threshold.fill_(THRESHOLD)
+        torch.save(made.state_dict(), path / "ae.pt")
+        trainer = {"dict_class": kind.__name__, "activation_dim": D_IN, "dict_size": D_SAE, "lm_name": "one-layer", "seed": 0}
+        (path / "config.json").write_text(json.dumps({"trainer": trainer | how, "buffer": {"ctx_len": 256}}))
+        read = kind.from_pretrained(path / "ae.pt")
+        answer(path, read.encode, read.decode)
+    return {"names": [kind.__name__ for kind in KINDS]}
+
+
 if __name__ == "__main__":
-    serve(Trainings(DictionaryLearning).operations())
+    serve(Trainings(DictionaryLearning).operations() | {"write": write})

@@ -46,5 +46,5 @@ def environment(folder: Path, log: Path, say: Callable[[str], object]) -> tuple[
 def versions(python: str) -> dict[str, str]:
     """Versions of the peers and of what they stand on, as that environment has them."""
     code = ("import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in "
-            "('sae-lens', 'dictionary-learning', 'transformer-lens', 'torch')}))")
+            "('sae-lens', 'dictionary-learning', 'eai-sparsify', 'transformer-lens', 'torch')}))")
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)

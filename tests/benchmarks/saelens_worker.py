@@ -1,6 +1,9 @@
 """SAELens, as its SAETrainer trains: https://decoderesearch.github.io/SAELens/ (training_saes)."""
 
+from pathlib import Path
+
 import numpy as np
+import sae_lens
 import torch
 from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
@@ -8,6 +11,7 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from .exchange import D_IN, D_SAE, THRESHOLD, K, answer, fill
 from .protocol import serve
 from .trainings import Training, Trainings
 
@@ -49,5 +53,37 @@ class SAELens(Training):
         return {name: getattr(self.trainer.sae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 
 
+# --- dictionaries on disk ----------------------------------------------------------------------------------------------
+
+TOP_K, TRAINED = {"k": K}, {"l1_coefficient": 1.0}
+KINDS = {"standard": ("StandardSAE", {}), "standard_bias_not_subtracted": ("StandardSAE", {"apply_b_dec_to_input": False}),
+         "topk": ("TopKSAE", TOP_K), "topk_rescaled": ("TopKSAE", TOP_K | {"rescale_acts_by_decoder_norm": True}),
+         "jumprelu": ("JumpReLUSAE", {}), "jumprelu_bias_not_subtracted": ("JumpReLUSAE", {"apply_b_dec_to_input": False}),
+         "gated": ("GatedSAE", {}), "gated_bias_not_subtracted": ("GatedSAE", {"apply_b_dec_to_input": False}),
+         "standard_trained": ("StandardTrainingSAE", TRAINED), "gated_trained": ("GatedTrainingSAE", TRAINED),
+         "jumprelu_trained": ("JumpReLUTrainingSAE", {}), "topk_trained": ("TopKTrainingSAE", TOP_K),
+         "batchtopk_trained": ("BatchTopKTrainingSAE", TOP_K),
+         "matryoshka_trained": ("MatryoshkaBatchTopKTrainingSAE", TOP_K | {"matryoshka_widths": [D_SAE // 4, D_SAE // 2]})}
+
+
+def write(folder: str) -> dict:
+    """A dictionary of each kind, as SAELens saves it, and what it gives when SAELens has read it again."""
+    for name, (class_name, how) in KINDS.items():
+        config = getattr(sae_lens, f"{class_name}Config")(d_in=D_IN, d_sae=D_SAE, **how)
+        sae = fill(getattr(sae_lens, class_name)(config))
+        if hasattr(sae, "topk_threshold"):
+            sae.topk_threshold.fill_(THRESHOLD)
+        path = Path(folder) / name
+        (sae.save_inference_model if "Training" in class_name else sae.save_model)(path)
+        read(str(path))
+    return {"names": list(KINDS)}
+
+
+def read(folder: str) -> dict:
+    sae = sae_lens.SAE.load_from_disk(folder)
+    answer(Path(folder), sae.encode, sae.decode)
+    return {}
+
+
 if __name__ == "__main__":
-    serve(Trainings(SAELens).operations())
+    serve(Trainings(SAELens).operations() | {"write": write, "read": read})
