@@ -29,7 +29,7 @@ class Worker:
     """A process that stays alive between requests, so that what is measured is warm."""
 
     def __init__(self, module: str, python: str, threads: int, log: Path, path: tuple[str, ...] = ()):
-        self.module, self.log_path = module, log
+        self.module, self.see = module, f"see benchmarks/{log.name} in the data folder"
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "WANDB_MODE": "disabled",
                                     "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
         self._log = open(log, "w")  # noqa: SIM115 (closed by `close`)
@@ -45,10 +45,10 @@ class Worker:
         except OSError:
             line = ""
         if not line:
-            raise WorkerError(f"The {self.module} process ended during '{operation}'; see benchmarks/{self.log_path.name} in the data folder.")
+            raise WorkerError(f"The {self.module} process ended during '{operation}'; {self.see}.")
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(f"'{operation}' failed in the {self.module} process ({answer['error']}); see benchmarks/{self.log_path.name} in the data folder.")
+            raise WorkerError(f"'{operation}' failed in the {self.module} process ({answer['error']}); {self.see}.")
         return answer
 
     def close(self) -> None:
