@@ -3,7 +3,8 @@
 A chunk of contexts is run through the model, some tokens of each are kept, and the rows of the whole chunk are shuffled, so
 that a batch mixes thousands of contexts. What a batch holds depends on (seed, step) alone: training resumes anywhere. Of several
 processes that train together each harvests some of the contexts and has their rows of every batch, so all of them together have
-the batch that one alone would have, and no activation travels between them.
+the batch that one alone would have, and no activation travels between them. On a GPU the chunk stays in its memory, and nothing
+waits for it between one batch and the next.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from sae_lib.seeds import generator
 from sae_lib.transformer import Transformer, mlp_activations, parameters
 
 HARVEST_CONTEXTS = 16  # contexts that one thread runs at once: their attention stays in its cache
+GPU_CONTEXTS = 128  # contexts that a GPU runs at once
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,15 @@ class ActivationStream:
     END_OF_TEXT = 0
 
     def __init__(self, model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"], batch_size: int, config: StreamConfig,
-                 processes: Processes = ALONE):
+                 processes: Processes = ALONE, device: torch.device | str = "cpu"):
         self.model, self.contexts, self.batch_size, self.config = model, contexts, batch_size, config
         self.n_ctx = contexts.shape[1]
         self.kept = min(config.tokens_per_context, self.n_ctx)
         self.chunk_contexts = min(config.chunk_contexts, len(contexts))
         self.chunks_per_pass = len(contexts) // max(1, self.chunk_contexts)
         self.batches_per_chunk = self.chunk_contexts * self.kept // batch_size
-        self.dtype = low_precision()
-        self.parameters = {name: p.detach().to(self.dtype) for name, p in parameters(model).items()}
+        self.device, self.dtype = torch.device(device), low_precision(device)
+        self.parameters = {name: p.detach().to(self.device, self.dtype) for name, p in parameters(model).items()}
         if not self.batches_per_chunk:
             raise StudyError(f"{len(contexts)} contexts give fewer activations than one batch of {batch_size}; use "
                              "more text or a smaller batch.")
@@ -83,19 +85,23 @@ class ActivationStream:
         while True:
             rows = self._chunk(chunk)
             order = held.flatten()[torch.randperm(n, generator=generator(self.config.seed, "shuffle-rows", chunk))]
-            for i in range(first, self.batches_per_chunk):
-                batch = order[i * self.batch_size:(i + 1) * self.batch_size]
-                yield rows[batch[batch >= 0]]
+            order = order[:self.batches_per_chunk * self.batch_size]
+            sizes = (order >= 0).view(-1, self.batch_size).sum(1).tolist()
+            # To the device in one go: no batch is to wait for its own.
+            for batch in order[order >= 0].to(self.device).split(sizes)[first:]:
+                yield rows[batch]
             del rows  # before the next are harvested: two chunks would take twice the memory
             chunk, first = chunk + 1, 0
 
     def sample(self, n: int, purpose: str = "sample", step: int = 0) -> Float[Tensor, "n d_in"]:
-        """`n` rows from random contexts, in float32: for the scale, the geometric median and resampling."""
+        """`n` rows from random contexts, in float32 and the processor's memory: for the scale, the geometric median and
+        resampling.
+        """
         rng = generator(self.config.seed, purpose, step)
         n_contexts = min(len(self.contexts), -(-n // self.kept))
         chosen = torch.randperm(len(self.contexts), generator=rng)[:n_contexts]
         rows = self._harvest(chosen, self._keys(n_contexts, rng))
-        return rows[torch.randperm(len(rows), generator=rng)[:n]].float()
+        return rows[torch.randperm(len(rows), generator=rng)[:n].to(self.device)].float().cpu()
 
     def _chunk(self, chunk: int) -> Float[Tensor, "rows d_in"]:
         epoch, position = divmod(chunk, self.chunks_per_pass)
@@ -109,13 +115,14 @@ class ActivationStream:
         return torch.rand(n, self.n_ctx, generator=rng)
 
     def _harvest(self, chosen: Int[Tensor, " n"], keys: Float[Tensor, "n n_ctx"]) -> Float[Tensor, "rows d_in"]:
-        rows = torch.empty(len(chosen), self.kept, self.d_in, dtype=self.dtype)
+        rows = torch.empty(len(chosen), self.kept, self.d_in, dtype=self.dtype, device=self.device)
+        tokens, keys = self.contexts[chosen].to(self.device), keys.to(self.device)
+        at_once = HARVEST_CONTEXTS if self.device.type == "cpu" else GPU_CONTEXTS
 
         def run(start: int) -> None:
-            few = slice(start, start + HARVEST_CONTEXTS)
-            tokens = self.contexts[chosen[few]].long()
-            keep = keys[few].masked_fill(tokens == self.END_OF_TEXT, 2.0).topk(self.kept, largest=False).indices
-            rows[few] = mlp_activations(self.model, tokens, keep, self.parameters)
+            few = slice(start, start + at_once)
+            keep = keys[few].masked_fill(tokens[few] == self.END_OF_TEXT, 2.0).topk(self.kept, largest=False).indices
+            rows[few] = mlp_activations(self.model, tokens[few].long(), keep, self.parameters)
 
-        in_parallel(run, [(start,) for start in range(0, len(chosen), HARVEST_CONTEXTS)])
+        in_parallel(run, [(start,) for start in range(0, len(chosen), at_once)])
         return rows.flatten(0, 1)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from sae_lib.errors import StudyError
-from sae_lib.precision import native_bfloat16
+from sae_lib.precision import low_precision
 from sae_lib.variants import BatchTopK, Gated, JumpReLU, Matryoshka, Standard, TopK
 
+Number = float | Tensor  # a number that the processor knows, or one in a GPU's memory that it need not wait for
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -46,11 +48,11 @@ class TrainConfig:
         """The kind of dictionary that is trained."""
         return Standard()
 
-    def penalty(self, step: int, control: float, l0: float) -> float:  # noqa: ARG002
+    def penalty(self, step: int, control: Number, l0: Number) -> Number:  # noqa: ARG002
         """What the sparsity penalty is multiplied with at a step, counted from 0."""
         return l1_at(self, step)
 
-    def controlled(self, control: float, l0: float) -> float:  # noqa: ARG002
+    def controlled(self, control: Number, l0: Number) -> Number:  # noqa: ARG002
         """What steers the penalty, after a step with `l0` active features a row."""
         return control
 
@@ -63,9 +65,13 @@ class TrainConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the factors in matrix products: bfloat16 where the machine has units for it, unless told."""
+        """Type of the factors in matrix products on the processor."""
+        return self.dtype_on("cpu")
+
+    def dtype_on(self, device: torch.device | str) -> torch.dtype:
+        """Type of the factors in matrix products: bfloat16 where the device has units for it, unless told."""
         if self.precision == "auto":
-            return torch.bfloat16 if native_bfloat16() else torch.float32
+            return low_precision(device)
         if self.precision not in ("float32", "bfloat16"):
             raise StudyError(f"There is no precision '{self.precision}'; use auto, float32 or bfloat16.")
         return getattr(torch, self.precision)
@@ -110,7 +116,7 @@ class TopKConfig(TrainConfig):
     def rule(self) -> Standard:
         return TopK(self.k, self.k_aux, self.aux_coefficient)
 
-    def penalty(self, step: int, control: float, l0: float) -> float:  # noqa: ARG002
+    def penalty(self, step: int, control: Number, l0: Number) -> Number:  # noqa: ARG002
         return 0.0
 
 
@@ -170,11 +176,14 @@ class JumpReLUConfig(TrainConfig):
     def rule(self) -> Standard:
         return JumpReLU(self.bandwidth, self.threshold_rate)
 
-    def _excess(self, l0: float, limit: float) -> float:
+    def _excess(self, l0: Number, limit: float) -> Number:
+        if isinstance(l0, Tensor):
+            return (l0.clamp(min=1e-9) / self.l0).log().clamp(-limit, limit).masked_fill(~l0.isfinite(), 0.0)
         return max(-limit, min(limit, math.log(max(l0, 1e-9) / self.l0))) if math.isfinite(l0) else 0.0
 
-    def penalty(self, step: int, control: float, l0: float) -> float:
-        return penalty_warmth(self, step) * self.l0_coefficient * math.exp(control + 4 * self._excess(l0, self.AT_ONCE))
+    def penalty(self, step: int, control: Number, l0: Number) -> Number:
+        exponent = control + 4 * self._excess(l0, self.AT_ONCE)
+        return penalty_warmth(self, step) * self.l0_coefficient * (torch if isinstance(exponent, Tensor) else math).exp(exponent)
 
-    def controlled(self, control: float, l0: float) -> float:
+    def controlled(self, control: Number, l0: Number) -> Number:
         return control + self.GAIN * self._excess(l0, self.BY_STEPS)

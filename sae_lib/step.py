@@ -68,6 +68,7 @@ class LossGradient:
         `dead` are the features that AuxK revives, `cut` is what BatchTopK's smallest activation was so far. BatchTopK selects
         over GROUP rows at once.
         """
+        dead = dead if dead is not None and self.rule.k_aux and dead.any() else None
         if self.low is not self.p.W_enc_T:
             in_parallel(lambda i, j: self.low[i:j].copy_(self.p.W_enc_T[i:j]), shares(self.low))
         sums = []
@@ -80,7 +81,9 @@ class LossGradient:
     def _add_densely(self, x: Tensor, l1_coefficient: float, scale: float, dead: Tensor | None) -> StepSums:
         if type(self.rule) is Standard:
             return self._add_dense(x, l1_coefficient, scale)
-        return StepSums(*dense_gradient(self.rule, self.p, self.grads, self.low, x, l1_coefficient, scale, dead))
+        found = dense_gradient(self.rule, self.p, self.grads, self.low, x, l1_coefficient, scale, dead)
+        squared_error, penalty, fired, smallest = found
+        return StepSums(float(squared_error), float(penalty), fired, float(smallest) * len(x))
 
     def _add_dense(self, x: Tensor, l1_coefficient: float, scale: float) -> StepSums:
         p, grads, n, dtype = self.p, self.grads, len(x), self.dtype
@@ -125,7 +128,8 @@ class LossGradient:
         widths = rule.widths(len(p.b_enc))
         if self.sparse_buffers is None or len(self.sparse_buffers.centred) < len(x):
             self.sparse_buffers = _Buffers(len(x), *p.W_dec.shape, len(widths), self.dtype)
-        b, factor, shift = self.sparse_buffers, auxiliary_factor(rule, dead), rule.shift(p)
+        b, shift = self.sparse_buffers, rule.shift(p)
+        factor = 0.0 if dead is None else auxiliary_factor(rule, dead).item()
         pairs, aux = b.pairs, b.auxiliary(rule.k_aux) if factor else None
         bias = (p.b_enc if shift is None else p.b_enc - shift).numpy()
         dead_bias = p.b_enc.masked_fill(~dead, -torch.inf).numpy() if factor else None
@@ -158,7 +162,7 @@ class LossGradient:
                     take(gate.numpy(), gate_g.numpy(), torch.empty(1, *centred.shape), 0)  # these errors reach no decoder
                 back = rule.backward(p, z, torch.from_numpy(f[:end[-1]]), g_torch, gate_g, at, coefficient)
                 g_torch.copy_(back.z)
-                penalty, further = back.penalty, (at, f[:end[-1]] > 0, back.further)
+                penalty, further = float(back.penalty), (at, f[:end[-1]] > 0, back.further)
             pairs.sort(i, rows.start, end, feature, f, g)
             if factor:
                 residual = b.errors[-1, rows].mul(-0.5).numpy()
@@ -200,7 +204,7 @@ class LossGradient:
             values = torch.from_numpy(np.concatenate([f[:end[-1]] for end, _, f, _ in parts] or [np.empty(0, np.float32)]))
             if len(values) >= self.rule.k * n:
                 break
-        cut = self.rule.cut(values, n) if len(values) else 0.0
+        cut = self.rule.cut(values, n).item() if len(values) else 0.0
         in_parallel(keep_from, [(np.float32(cut), *part[:3]) for part in parts])
         return cut
 

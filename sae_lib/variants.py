@@ -81,7 +81,7 @@ class Backward(NamedTuple):
     """Gradient at pre-activations, the sum of what the coefficient multiplies, and the gradient of further weights, by value."""
 
     z: Tensor
-    penalty: float
+    penalty: Tensor
     further: dict[str, Tensor]
 
 
@@ -117,9 +117,9 @@ class Standard:
         return None
 
     def backward(self, p: AnyParameters, z: Tensor, f: Tensor, g: Tensor, gate_g: Tensor | None, at: At,
-                 coefficient: float) -> Backward:
+                 coefficient: float | Tensor) -> Backward:
         """From the gradients of squared errors at activations, and at those of the frozen decoder."""
-        return Backward((g + coefficient) * (f > 0), f.sum().item(), {})
+        return Backward((g + coefficient) * (f > 0), f.sum(), {})
 
     def penalised(self, z: Tensor, f: Tensor) -> Tensor:
         """What the coefficient multiplies, by row and feature."""
@@ -174,8 +174,8 @@ class TopK(Standard):
         return largest(z, self.k)
 
     def backward(self, p: AnyParameters, z: Tensor, f: Tensor, g: Tensor, gate_g: Tensor | None, at: At,
-                 coefficient: float) -> Backward:
-        return Backward(g * (f > 0), f.sum().item(), {})
+                 coefficient: float | Tensor) -> Backward:
+        return Backward(g * (f > 0), f.sum(), {})
 
     def begun(self, config: SAEConfig) -> SAE:
         return TopKSAE(config, self.k)
@@ -197,9 +197,9 @@ class BatchTopK(TopK):
         f = z.relu()
         return f * (f >= self.cut(f.flatten(), len(f))) if len(f) else f
 
-    def cut(self, values: Tensor, rows: int) -> float:
+    def cut(self, values: Tensor, rows: int) -> Tensor:
         """The smallest activation that `rows` rows with these values let through."""
-        return values.topk(min(self.k * rows, len(values)), sorted=False).values.min().item()
+        return values.topk(min(self.k * rows, len(values)), sorted=False).values.min()
 
     def finished(self, config: SAEConfig, p: AnyParameters, cut: float) -> SAE:
         sae = JumpReLUSAE(config, cut)
@@ -240,10 +240,10 @@ class JumpReLU(Standard):
         return z * (z > p.threshold[at])
 
     def backward(self, p: AnyParameters, z: Tensor, f: Tensor, g: Tensor, gate_g: Tensor | None, at: At,
-                 coefficient: float) -> Backward:
+                 coefficient: float | Tensor) -> Backward:
         threshold, active = p.threshold[at], f > 0
         near = ((z - threshold).abs() < self.bandwidth / 2) / self.bandwidth
-        return Backward(g * active, float(active.sum()), {"threshold": -near * (threshold * g + coefficient)})
+        return Backward(g * active, active.sum(), {"threshold": -near * (threshold * g + coefficient)})
 
     def penalised(self, z: Tensor, f: Tensor) -> Tensor:
         return f > 0
@@ -269,11 +269,11 @@ class Gated(Standard):
         return z.relu()
 
     def backward(self, p: AnyParameters, z: Tensor, f: Tensor, g: Tensor, gate_g: Tensor | None, at: At,
-                 coefficient: float) -> Backward:
+                 coefficient: float | Tensor) -> Backward:
         magnitude, growth = g * (f > 0), p.r_mag[at].exp()
         by_magnitude = magnitude * growth
         further = {"b_mag": magnitude, "r_mag": by_magnitude * (z - p.b_enc[at]), "b_enc": -by_magnitude}
-        return Backward((gate_g + coefficient) * (z > 0) + by_magnitude, z.relu().sum().item(), further)
+        return Backward((gate_g + coefficient) * (z > 0) + by_magnitude, z.relu().sum(), further)
 
     def penalised(self, z: Tensor, f: Tensor) -> Tensor:
         return z.relu()

@@ -58,3 +58,18 @@ def test_samples_depend_on_purpose_and_step(stream):
 def test_too_few_contexts_are_refused():
     with pytest.raises(StudyError, match="fewer activations than one batch"):
         ActivationStream(build(TINY), torch.ones(2, 16, dtype=torch.int32), 64, StreamConfig())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_gives_the_same_batches_and_is_not_waited_for_within_a_chunk(stream):
+    on_gpu = ActivationStream(stream.model, stream.contexts, 20, stream.config, device="cuda")
+    batches = on_gpu.batches()
+    found = [next(batches)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found += list(islice(batches, on_gpu.batches_per_chunk - 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for batch, expected in zip(found, stream.batches(), strict=False):
+        torch.testing.assert_close(batch.float().cpu(), expected.float(), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(on_gpu.sample(50), stream.sample(50), rtol=0.05, atol=0.02)

@@ -20,7 +20,7 @@ CONFIG = TrainConfig(n_activations=1, batch_size=8192, precision="float32", resa
 
 @pytest.fixture(autouse=True)
 def fixed_machine(monkeypatch):
-    monkeypatch.setattr(memory, "low_precision", lambda: torch.bfloat16)
+    monkeypatch.setattr(memory, "low_precision", lambda _: torch.bfloat16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
@@ -61,6 +61,18 @@ def test_buffers_of_a_wide_dictionary_do_not_grow_with_the_batch():
     plans = [memory_plan(wide, replace(CONFIG, batch_size=batch), rows_held=0) for batch in (2048, 8192)]
     assert plans[0].dense == plans[1].dense == 4 * 256 * 2 * (131_072 + 512) + 4 * (2 * 131_072 + 512)
     assert plans[0].sparse == plans[1].sparse
+
+
+def test_a_gpu_has_one_way_and_memory_of_its_own():
+    wide = SAEConfig(d_in=512, d_sae=131_072)
+    plan = memory_plan(wide, CONFIG, 1000, "cuda")
+    # 2,048 rows at once of about six arrays, and the matrices as factors.
+    assert plan.dense == 6 * 4 * 2048 * 131_072 + 2 * 4 * 512 * 131_072 and plan.sparse == 0
+    assert plan[:4] == memory_plan(wide, CONFIG, 1000)[:4]
+    # Processes do not share it.
+    assert fitting_plan(wide, CONFIG, 1000, Processes(0, 8, 8), plan.total, "cuda") == plan
+    with pytest.raises(StudyError, match="the widest that fits"):
+        fitting_plan(wide, CONFIG, 1000, available=plan.total - 1, device="cuda")
 
 
 def test_what_does_not_fit_is_refused_with_the_width_that_does():

@@ -74,19 +74,20 @@ def machine_check() -> list[tuple[str, str, str]]:
     import psutil
     import torch
 
-    from sae_lib.precision import low_precision
+    from sae_lib.precision import best_device, low_precision
     from sae_lib.study.export import find_browser
 
     def check(name: str, found: str, fine: bool, advice: str) -> tuple[str, str, str]:
         return name, found, "ok" if fine else advice
 
     memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(paths.data().parent).free / 2**30
+    factors = low_precision(best_device())
     return [
         check("Python", platform.python_version(), sys.version_info >= (3, 11), "use Python 3.11 or newer"),
         check("cores", str(cpus()), cpus() >= 2, "training will take twice as long"),
         check("memory", f"{memory:.1f} GiB", memory >= 7, "close other programs or use the smoke profile"),
         check("free disk", f"{disk:.1f} GiB", disk >= 2, "free 2 GiB"),
-        check("low-precision products", str(low_precision()).removeprefix("torch."), low_precision() != torch.float32,
+        check("low-precision products", str(factors).removeprefix("torch."), factors != torch.float32,
               "this processor has none: training will take longer"),
         check("GPU", "yes" if torch.cuda.is_available() else "no", True, ""),
         check("browser for PNG files", str(find_browser() or "none"), True, ""),

@@ -22,6 +22,7 @@ from sae_lib.errors import StudyError
 from sae_lib.evaluate import Text, best_detectors, count_won, held_out_pass
 from sae_lib.memory import fitting_plan
 from sae_lib.metrics import Interval, bootstrap_interval, density_summary, pearson_from_sums
+from sae_lib.precision import best_device
 from sae_lib.pretrain import train_transformer
 from sae_lib.proxies import token_bytes
 from sae_lib.sae import SAE, SAEConfig
@@ -165,13 +166,13 @@ class Study:
         """Training activations of a transformer, in batches of the main dictionary's size unless told."""
         config = replace(self.profile.stream, seed=self._seed_of(which))
         return ActivationStream(self.transformer(which).model, self.contexts("train"),
-                                batch_size or self.profile.dictionary.batch_size, config, self.processes)
+                                batch_size or self.profile.dictionary.batch_size, config, self.processes, best_device())
 
     def train(self, on: str, config: SAEConfig, train: TrainConfig, checkpoint: Path | None = None) -> tuple[SAE, pd.DataFrame]:
         """A dictionary trained on a transformer's activations, and its log; refused if there is too little memory for it."""
         stream = self.stream(on, train.batch_size)
-        self.store.log(str(fitting_plan(config, train, stream.rows_held, self.processes)))
-        return train_sae(stream, config, train, checkpoint, processes=self.processes)
+        self.store.log(str(fitting_plan(config, train, stream.rows_held, self.processes, device=stream.device)))
+        return train_sae(stream, config, train, checkpoint, processes=self.processes, device=stream.device)
 
     def sae_config(self, on: str = "A") -> SAEConfig:
         """Sizes of the main dictionary on a transformer's activations."""
