@@ -51,13 +51,24 @@ def keep_largest_of_group(z, k):
     return z * ((z >= cut) & (z > 0))
 
 
-def group_loss(name, p, x):
+def pre_activations(p, c, dtype):
+    """c @ W_enc, with derivatives as if it were exact. In bfloat16 factors and product are rounded, so that all that depends on
+    pre-activations, above all which are active or near a threshold, is as in the step: one in fifty would be on the other side.
+    """
+    exact = c @ p.W_enc_T.T
+    if dtype == torch.float32:
+        return exact
+    rounded = (c.detach().float().to(dtype) @ p.W_enc_T.detach().float().to(dtype).T).double()
+    return exact + (rounded - exact).detach()
+
+
+def group_loss(name, p, x, dtype):
     """The loss of one group of rows, and its activations."""
-    c = x - p.b_dec
-    z = c @ p.W_enc_T.T + p.b_enc
+    projected = pre_activations(p, x - p.b_dec, dtype)
+    z = projected + p.b_enc
     if name == "gated":
         gate = z.relu()
-        f = (z > 0) * ((c @ p.W_enc_T.T) * p.r_mag.exp() + p.b_mag).relu()
+        f = (z > 0) * (projected * p.r_mag.exp() + p.b_mag).relu()
         frozen = (gate @ p.W_dec.detach() + p.b_dec.detach() - x).square().sum()
         return (f @ p.W_dec + p.b_dec - x).square().sum() + frozen + PENALTY * gate.sum(), f
     if name == "jumprelu":
@@ -79,31 +90,32 @@ def group_loss(name, p, x):
     return loss, f
 
 
-def autograd(name, p, x):
+def autograd(name, p, x, dtype):
     """Gradient of the loss in float64, the rows each feature fires on, and the sum of squared errors."""
     p = type(p)(*(t.double().requires_grad_() for t in p))
     fired, squared_error = torch.zeros(D_SAE, dtype=torch.int64), 0.0
     for rows in (SCALE * x.double()).split(GROUP):
-        loss, f = group_loss(name, p, rows)
+        loss, f = group_loss(name, p, rows, dtype)
         loss.backward()
         fired += (f > 0).sum(0)
         squared_error += (f @ p.W_dec + p.b_dec - rows).square().sum().item()
     return type(p)(*(t.grad for t in p)), fired, squared_error
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 0.1)])
+# The sparse way is in float32 behind the pre-activations; in the dense one factors of all products are rounded.
+@pytest.mark.parametrize("dtype, sparse, tolerance", [(torch.float32, False, 3e-6), (torch.float32, True, 3e-6),
+                                                      (torch.bfloat16, False, 1e-2), (torch.bfloat16, True, 3e-4)])
 @pytest.mark.parametrize("name", RULES)
-def test_gradient_equals_autograd(name, dtype, tolerance, sparse):
+def test_gradient_equals_autograd(name, dtype, sparse, tolerance):
     x, p = problem(name)
-    expected, fired, squared_error = autograd(name, p, x)
+    expected, fired, squared_error = autograd(name, p, x, dtype)
     gradient = LossGradient(p, dtype, RULES[name])
     sums = gradient.add(x, PENALTY, SCALE, sparse, DEAD)
     for weight in p._fields:
         assert relative_error(getattr(gradient.grads, weight), getattr(expected, weight)) < tolerance, weight
     assert sums.squared_error == pytest.approx(squared_error, rel=tolerance)
-    # Rounding may turn a feature on or off only where it is next to what decides.
-    assert (sums.fired - fired).abs().sum() <= (0 if dtype == torch.float32 else 0.04 * fired.sum())
+    # Sums in another order may be rounded to another bfloat16, and turn a feature on or off that is next to what decides.
+    assert (sums.fired - fired).abs().sum() <= (0 if dtype == torch.float32 else 2e-4 * fired.sum())
 
 
 @pytest.mark.parametrize("name", RULES)
