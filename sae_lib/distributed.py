@@ -1,8 +1,8 @@
-"""Several processes that train one dictionary together, on one machine or on many (torch.distributed).
+"""Several processes that train one transformer or dictionary together, on one machine or on many (torch.distributed).
 
-Data parallel: each process harvests some of the contexts and takes their rows of every batch through the dictionary; gradients
-and counts are summed, and all make the same step. What each of them does it asks an object of `Processes`, whose default is the
-only process there is: nothing that uses it has two ways to go.
+Data parallel: each process takes some contexts of every batch through the transformer, or harvests some of the contexts and
+takes their rows of every batch through the dictionary; gradients and counts are summed, and all make the same step. What each of
+them does it asks an object of `Processes`, whose default is the only process there is: nothing that uses it has two ways to go.
 """
 
 import os
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-# One process makes the text and the transformer while the others wait; torchrun itself notices when one of them dies.
+# One process makes the text while the others wait; torchrun itself notices when one of them dies.
 PATIENCE = timedelta(days=7)
 
 

@@ -8,7 +8,7 @@ from texts import tiny_study
 
 from sae_lib.errors import StudyError
 from sae_lib.evaluate import held_out_pass
-from sae_lib.study import pipeline, replicas
+from sae_lib.study import pipeline, replicas, together
 from sae_lib.study.profiles import SMOKE
 from sae_lib.transformer import parameters
 
@@ -36,6 +36,11 @@ def test_everything_is_made_once_and_loaded_after(study):
     assert torch.equal(loaded.dictionary().model.W_enc, made.dictionary().model.W_enc)
     assert torch.equal(loaded.corrected_dictionary().W_enc, made.corrected_dictionary().W_enc)
     assert loaded.dictionary().log.activations.iloc[-1] == 2560
+
+
+def test_the_command_for_many_processes_makes_what_notebooks_load(study):
+    together.dictionary("tiny", 0, "")
+    assert study("load").dictionary().log.activations.iloc[-1] == 2560
 
 
 def test_held_out_text_carries_its_documents_and_domains(study):

@@ -63,7 +63,7 @@ def test_cross_entropy_and_its_gradients_equal_autograd():
     loss, *ours = unembed_gradients(x.detach(), weight.detach(), targets)
     expected = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum")
     theirs = torch.autograd.grad(expected, (x, weight))
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(tuple(ours), theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -75,7 +75,7 @@ def test_loss_and_gradients_equal_the_bridge_in_float32_and_nearly_so_in_bfloat1
     theirs = torch.autograd.grad(expected, list(parameters(model).values()))
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         loss, grads = loss_gradients(parameters(model), tokens, 2, n_layers, dtype)
-        assert loss == pytest.approx(expected.item(), rel=tolerance)
+        assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
         ours = torch.cat([grads[name].flatten() for name in parameters(model)])
         exact = torch.cat([grad.flatten() for grad in theirs])
         assert (ours - exact).norm() <= 3 * tolerance * exact.norm(), dtype
@@ -110,6 +110,17 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path):
     for name, value in parameters(whole).items():
         assert torch.equal(value, parameters(resumed)[name]), name
     assert whole_log.loss.tolist() == resumed_log.loss.tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_training_on_a_gpu_goes_on_from_the_processors_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_lib.pretrain.low_precision", lambda _: torch.float32)
+    text = contexts()
+    _, expected = train_transformer(text, TINY)
+    train_transformer(text, TINY, tmp_path / "a.safetensors", stop_after=5)
+    model, log = train_transformer(text, TINY, tmp_path / "a.safetensors", device="cuda")
+    assert log.loss.iloc[-1] == pytest.approx(expected.loss.iloc[-1], rel=1e-3)
+    assert not any(value.is_cuda for value in parameters(model).values())
 
 
 def test_seeds_differ_and_repeat_without_touching_global_state():

@@ -144,6 +144,11 @@ class Study:
             self._transformers[which] = self._stage_transformer(which)
         return self._transformers[which]
 
+    def pretrain(self, which: str, checkpoint: Path | None = None) -> tuple[Transformer, pd.DataFrame]:
+        """A transformer trained on the corpus, and its log."""
+        return train_transformer(self.contexts("train"), self._transformer_config(which), checkpoint, processes=self.processes,
+                                 device=best_device())
+
     def _stage_transformer(self, which: str) -> Trained:
         config = self._transformer_config(which)
 
@@ -151,7 +156,7 @@ class Study:
             if which == "random":
                 model, log = shuffle_weights(self.transformer("A").model, config, self.seed), pd.DataFrame()
             else:
-                model, log = train_transformer(self.contexts("train"), config, checkpoint / "transformer.safetensors")
+                model, log = self.pretrain(which, checkpoint / "transformer.safetensors")
             save_transformer(model, out / "weights.safetensors")
             log.to_json(out / "log.json", orient="records")
 

@@ -1,7 +1,7 @@
-"""The main dictionary trained by several processes: `torchrun ... -m sae_lib.study dictionary`.
+"""The main dictionary, and the transformer under it, trained by several processes: `torchrun ... -m sae_lib.study dictionary`.
 
-The first process goes through the study as a notebook does. Whenever that comes to the training of a dictionary it calls the
-others, which until then wait, to train it with it; what they need they find in the study's folder, which all must see.
+The first process goes through the study as a notebook does. Whenever that comes to a training it calls the others, which until
+then wait, to train with it; what they need they find in the study's folder, which all must see.
 """
 
 from pathlib import Path
@@ -13,13 +13,18 @@ from sae_lib.errors import StudyError
 from sae_lib.recipe import TrainConfig
 from sae_lib.sae import SAE, SAEConfig
 from sae_lib.study.pipeline import Study
+from sae_lib.transformer import Transformer
 
 
 class _FirstStudy(Study):
-    """A study whose dictionaries are trained by all processes."""
+    """A study whose trainings are all processes' work."""
+
+    def pretrain(self, which: str, checkpoint: Path | None = None) -> tuple[Transformer, pd.DataFrame]:
+        self.processes.from_first(lambda: ("pretrain", which))
+        return super().pretrain(which, checkpoint)
 
     def train(self, on: str, config: SAEConfig, train: TrainConfig, checkpoint: Path | None = None) -> tuple[SAE, pd.DataFrame]:
-        self.processes.from_first(lambda: (on, config, train))
+        self.processes.from_first(lambda: ("train", on, config, train))
         return super().train(on, config, train, checkpoint)
 
 
@@ -34,7 +39,8 @@ def dictionary(profile: str, seed: int, corpus: str, on: str = "A") -> None:
         study = Study(profile, seed, "load", corpus, processes)
         study.store.log = lambda _: None  # the first says it
         while work := _called(processes):
-            study.train(*work)
+            name, *arguments = work
+            getattr(study, name)(*arguments)
 
 
 def _called(processes: Processes) -> tuple | None:

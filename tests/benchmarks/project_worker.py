@@ -214,7 +214,7 @@ def same_model() -> dict:
         _, cache = model.run_with_cache(tokens, names_filter=config.hook_name)
     theirs, stream = cache[config.hook_name], ActivationStream(model, tokens, 1, StreamConfig())
     ours = mlp_activations(model, tokens, p=stream.parameters).float()
-    return {"losses": [project, bridge], "activations": ((ours - theirs).norm() / theirs.norm()).item()}
+    return {"losses": [project.item(), bridge], "activations": ((ours - theirs).norm() / theirs.norm()).item()}
 
 
 def sizes() -> dict:
