@@ -104,7 +104,7 @@ def autograd(name, p, x, dtype):
 
 # The sparse way is in float32 behind the pre-activations; in the dense one factors of all products are rounded.
 @pytest.mark.parametrize("dtype, sparse, tolerance", [(torch.float32, False, 3e-6), (torch.float32, True, 3e-6),
-                                                      (torch.bfloat16, False, 1e-2), (torch.bfloat16, True, 3e-4)])
+                                                      (torch.bfloat16, False, 5e-3), (torch.bfloat16, True, 3e-4)])
 @pytest.mark.parametrize("name", RULES)
 def test_gradient_equals_autograd(name, dtype, sparse, tolerance):
     x, p = problem(name)
