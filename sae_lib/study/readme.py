@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sae_lib.errors import StudyError
 from sae_lib.study.paths import write_atomic
+from sae_lib.study.scorecard import OTHERS
 
 BEGIN, END = "<!-- results: python -m sae_lib.study readme -->", "<!-- end of results -->"
 # Rows that the README shows, where a run has them.
@@ -16,13 +17,14 @@ SHOWN = ("01.mmcs", "02.superposition.contexts", "03.loss_recovered", "03.l0", "
 
 
 def results_table(rows: list[dict]) -> str:
-    """The headline rows of a results.json: finding, the paper's number, ours with its interval, trainings, verdict."""
+    """The headline rows of a results.json: finding, the paper's number, ours with its interval, other trainings', verdict."""
     by_id = {row["id"]: row for row in rows}
-    lines = ["| finding | paper | here (95 % interval) | trainings | |", "|---|---|---|---|---|"]
+    lines = ["| finding | paper | here (95 % interval) | other trainings | |", "|---|---|---|---|---|"]
     for row in (by_id[id_] for id_ in SHOWN if id_ in by_id):
         paper = _number(row["paper"]) if isinstance(row["paper"], float) else row["paper"] or "no number"
         interval = "" if row["low"] is None else f" ({_number(row['low'])} to {_number(row['high'])})"
-        lines.append(f"| {row['claim']} | {paper} | {_number(row['ours'])}{interval} | {row['seeds']} | {row['verdict']} |")
+        others = row["caveat"].partition(OTHERS)[2]
+        lines.append(f"| {row['claim']} | {paper} | {_number(row['ours'])}{interval} | {others} | {row['verdict']} |")
     counts = [f"{n} {verdict}" for verdict in ("reproduced", "partly", "not")
               if (n := sum(row["verdict"] == verdict for row in rows))]
     return "\n".join([*lines, "", f"Of {len(rows)} rows in all: {', '.join(counts)}."])

@@ -13,6 +13,7 @@ from sae_lib.study import environment, paths
 
 COLUMNS = ("id", "claim", "paper", "paper_source", "ours", "low", "high", "seeds", "verdict", "caveat")
 VERDICTS = ("reproduced", "partly", "not")
+OTHERS = "other trainings: "  # what stands in a caveat after this are their values
 
 
 class Scorecard:
@@ -55,7 +56,7 @@ class Scorecard:
         paper = float(paper) if isinstance(paper, Real) else paper
         if others := [float(value) for value in self.others(id)]:
             seeds += len(others)
-            caveat = "; ".join(filter(None, [caveat, "other trainings: " + ", ".join(f"{value:.3g}" for value in others)]))
+            caveat = "; ".join(filter(None, [caveat, OTHERS + ", ".join(f"{value:.3g}" for value in others)]))
         problem = _problem(id, claim, ours, low, high, seeds, verdict)
         if problem:
             raise ValueError(f"Scorecard row {id}: {problem}")
