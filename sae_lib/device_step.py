@@ -19,11 +19,10 @@ from sae_lib.dense import dense_gradient
 from sae_lib.distributed import ALONE, Processes
 from sae_lib.recipe import TrainConfig
 from sae_lib.state import CUT_RATE, TrainState, check_rows
-from sae_lib.step import GROUP
+from sae_lib.step import EPS, GROUP
 from sae_lib.variants import AnyParameters, Standard
 
 FEATURES_AT_ONCE = 2 ** 28  # rows times features that are looked at together: five or so arrays of them take 5 GB
-EPS = 1e-8
 
 
 class Found(NamedTuple):

@@ -31,6 +31,7 @@ from sae_lib.variants import FLOOR, AnyParameters, Standard
 MICRO_BATCH = 256  # rows that one thread takes through the dictionary: their features stay in its cache between passes
 GROUP = 2048  # rows whose errors stay in cache until they are added to the gradients of the weights
 DENSE_ELEMENTS = 2 ** 23  # room for the features of a group, where all are looked at: its rows are fewer in wide dictionaries
+EPS = 1e-8  # Adam's
 SPARSE_L0 = 512  # mean number of active features up to which the sparse way is cheaper, and has room for
 
 
@@ -272,7 +273,7 @@ class _Buffers:
 
 
 def adam_step(p: AnyParameters, grads: AnyParameters, m: AnyParameters, v: AnyParameters, age: Int[Tensor, " d_sae"], step: int,
-              scale: float, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+              scale: float, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = EPS,
               threshold_rate: float = 1.0) -> bool:
     """One Adam step on `scale * grads`, in place; `grads` come back zeroed. Returns whether all weights are still finite.
 

@@ -24,12 +24,7 @@ KINDS = {name: replace(config, precision="float32", dead_window=0.01)
          for name, config in {"standard": CONFIG, **CONFIGS}.items()}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def begun(config, device="cpu"):

@@ -16,14 +16,7 @@ from sae_lib.sae import SAEConfig
 from sae_lib.seeds import generator
 from sae_lib.train import BIRTH_NORM, SCALE_SAMPLE, TrainConfig, initial_state, resample, train_sae
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Steps as small as these would spend their time waiting for threads.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Toy:

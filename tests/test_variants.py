@@ -172,13 +172,7 @@ CONFIGS = {"topk": TopKConfig(**SHARED, k=3, k_aux=8), "batchtopk": BatchTopKCon
 KINDS = {"topk": TopKSAE, "batchtopk": JumpReLUSAE, "matryoshka": JumpReLUSAE, "jumprelu": JumpReLUSAE, "gated": GatedSAE}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Steps as small as these would spend their time waiting for threads.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
