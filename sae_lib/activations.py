@@ -1,4 +1,4 @@
-"""Activations of the transformer's MLP as training data for dictionaries (Bricken et al., App. Dataset; B2).
+"""Activations of the transformer, of its MLP unless told, as training data for dictionaries (Bricken et al., App. Dataset; B2).
 
 A chunk of contexts is run through the model, some tokens of each are kept, and the rows of the whole chunk are shuffled, so
 that a batch mixes thousands of contexts. What a batch holds depends on (seed, step) alone: training resumes anywhere. Of several
@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lib import residual
 from sae_lib.distributed import ALONE, Processes
 from sae_lib.errors import StudyError
 from sae_lib.kernels import in_parallel
 from sae_lib.precision import low_precision
 from sae_lib.seeds import generator
-from sae_lib.transformer import Transformer, mlp_activations, parameters
+from sae_lib.transformer import Transformer, parameters
 
 HARVEST_CONTEXTS = 16  # contexts that one thread runs at once: their attention stays in its cache
 GPU_CONTEXTS = 128  # contexts that a GPU runs at once
@@ -35,7 +36,8 @@ class StreamConfig:
 
 
 class ActivationStream:
-    """Shuffled batches of MLP activations, harvested chunk by chunk as training consumes them.
+    """Shuffled batches of activations, harvested chunk by chunk as training consumes them: of the last layer's MLP, or of the
+    residual stream `after` so many layers.
 
     Within a pass over the text no row comes twice. `END_OF_TEXT` positions are drawn last and so, in practice, never.
     """
@@ -43,8 +45,8 @@ class ActivationStream:
     END_OF_TEXT = 0
 
     def __init__(self, model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"], batch_size: int, config: StreamConfig,
-                 processes: Processes = ALONE, device: torch.device | str = "cpu"):
-        self.model, self.contexts, self.batch_size, self.config = model, contexts, batch_size, config
+                 processes: Processes = ALONE, device: torch.device | str = "cpu", after: int | None = None):
+        self.model, self.contexts, self.batch_size, self.config, self.after = model, contexts, batch_size, config, after
         self.n_ctx = contexts.shape[1]
         self.kept = min(config.tokens_per_context, self.n_ctx)
         self.chunk_contexts = min(config.chunk_contexts, len(contexts))
@@ -65,7 +67,7 @@ class ActivationStream:
 
     @property
     def d_in(self) -> int:
-        return self.model.cfg.d_mlp
+        return residual.width(self.model, self.after)
 
     @property
     def rows_held(self) -> int:
@@ -122,7 +124,7 @@ class ActivationStream:
         def run(start: int) -> None:
             few = slice(start, start + at_once)
             keep = keys[few].masked_fill(tokens[few] == self.END_OF_TEXT, 2.0).topk(self.kept, largest=False).indices
-            rows[few] = mlp_activations(self.model, tokens[few].long(), keep, self.parameters)
+            rows[few] = residual.activations(self.model, tokens[few].long(), self.after, keep, self.parameters)
 
         in_parallel(run, [(start,) for start in range(0, len(chosen), at_once)])
         return rows.flatten(0, 1)

@@ -1,6 +1,6 @@
 """What a dictionary does to the model on held-out text (Bricken et al., How much of the model; B6-B7).
 
-The dictionary's reconstruction is put in place of the MLP activations; beside it stand the untouched model and the two usual
+The dictionary's reconstruction is put in place of the activations; beside it stand the untouched model and the two usual
 baselines, all activations set to zero and all set to their mean. Everything is kept per token with its document, so that
 every number gets its interval from a bootstrap over documents.
 """
@@ -14,11 +14,12 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lib import residual
 from sae_lib.activations import ActivationStream
 from sae_lib.features import BATCH_CONTEXTS, pearson_sums
 from sae_lib.metrics import Interval, bootstrap_interval, explained_share, pearson_from_sums, recovered_share
 from sae_lib.sae import SAE
-from sae_lib.transformer import Transformer, mlp_activations, token_losses
+from sae_lib.transformer import Transformer
 
 
 class Text(NamedTuple):
@@ -38,7 +39,7 @@ class HeldOut(NamedTuple):
     document: Int[Tensor, " tokens"]
     values: dict[str, Float[Tensor, " tokens"]]
     """clean, zero, mean: loss in nats; with a dictionary also dictionary: loss, l0: active features, error and spread: squared
-    distance of the activations from their reconstruction and from their mean, summed over neurons."""
+    distance of the activations from their reconstruction and from their mean, summed over their numbers."""
     fired: Int[Tensor, " d_sae"]
 
     def document_sums(self, *names: str) -> np.ndarray:
@@ -68,16 +69,20 @@ def _batches(text: Text, description: str) -> Iterator[Text]:
         yield Text(contexts.long(), documents, domains)
 
 
-def mean_activation(model: Transformer, text: Text) -> Float[Tensor, " d_mlp"]:
-    """The mean MLP activation over all tokens."""
-    total = sum(mlp_activations(model, batch.contexts).double().sum((0, 1)) for batch in _batches(text, "mean activation"))
+def mean_activation(model: Transformer, text: Text, after: int | None = None) -> Float[Tensor, " d_in"]:
+    """The mean activation over all tokens: of the last layer's MLP, or of the residual stream `after` so many layers."""
+    batches = _batches(text, "mean activation")
+    total = sum(residual.activations(model, batch.contexts, after).double().sum((0, 1)) for batch in batches)
     return (total / text.contexts.numel()).float()
 
 
 @torch.no_grad()
-def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None) -> HeldOut:
-    """Run the model over held-out text: untouched, ablated to zero and to the mean, and with the dictionary if one is given."""
-    mean = mean_activation(model, text)
+def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None, after: int | None = None) -> HeldOut:
+    """Run the model over held-out text: untouched, ablated to zero and to the mean, and with the dictionary if one is given.
+
+    What is ablated or rebuilt is the last layer's MLP activations, or the residual stream `after` so many layers.
+    """
+    mean = mean_activation(model, text, after)
     fired = torch.zeros(len(sae.W_dec) if sae else 0, dtype=torch.int64)
     rows: list[dict[str, Tensor]] = []
     for batch in _batches(text, "held-out pass"):
@@ -85,14 +90,14 @@ def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None) -> Hel
         keep = batch.contexts[:, :-1] != ActivationStream.END_OF_TEXT
         values = {"document": batch.documents}
         if sae:
-            acts = mlp_activations(model, batch.contexts)
+            acts = residual.activations(model, batch.contexts, after)
             output = sae(acts)
             edits["dictionary"] = lambda _, output=output: output.reconstruction
             active = output.features > 0
             fired += torch.count_nonzero(active[:, :-1][keep], dim=0)
             values |= {"l0": active.sum(-1).float(), "error": (acts - output.reconstruction).square().sum(-1),
                        "spread": (acts - mean).square().sum(-1)}
-        losses = token_losses(model, batch.contexts, edits)
+        losses = residual.losses(model, batch.contexts, edits, after)
         rows.append({name: value[:, :-1][keep] for name, value in values.items()} | {n: loss[keep] for n, loss in losses.items()})
     columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     return HeldOut(columns.pop("document"), columns, fired)
@@ -130,7 +135,7 @@ class LabelCorrelations:
 
 
 def _units(model: Transformer, sae: SAE | None, batch: Text, chosen: Tensor | None = None) -> Float[Tensor, "tokens n_units"]:
-    acts = mlp_activations(model, batch.contexts).flatten(0, 1)
+    acts = residual.activations(model, batch.contexts, None).flatten(0, 1)
     if sae:
         return sae.encode(acts, chosen)
     return acts if chosen is None else acts[:, chosen]

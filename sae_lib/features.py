@@ -17,11 +17,12 @@ from scipy.sparse import csc_array
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lib import residual
 from sae_lib.activations import ActivationStream
 from sae_lib.errors import StudyError
 from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums, share_interval
 from sae_lib.seeds import numpy_generator
-from sae_lib.transformer import Transformer, mlp_activations
+from sae_lib.transformer import Transformer
 
 BATCH_CONTEXTS = 32  # contexts that go through the model at once
 ENCODED_ROWS = 1024  # tokens encoded at once: their units stay in cache
@@ -35,8 +36,10 @@ Target = Float[np.ndarray, " n_tokens"] | Bool[np.ndarray, " n_tokens"]
 
 @torch.no_grad()
 def activation_table(model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"],
-                     encode: Callable[[Tensor], Tensor]) -> csc_array:
-    """The unit table of contexts; `encode` maps MLP activations [n, d_mlp] to those of units [n, n_units], none negative.
+                     encode: Callable[[Tensor], Tensor], after: int | None = None) -> csc_array:
+    """The unit table of contexts; `encode` maps activations [n, d_in] to those of units [n, n_units], none negative.
+
+    What is encoded is the last layer's MLP activations, or the residual stream `after` so many layers.
 
     A table takes 8 bytes an activation above 0; making it, four times that. Raises StudyError if there is no text.
     """
@@ -44,7 +47,7 @@ def activation_table(model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx
     for i, batch in enumerate(tqdm(contexts.split(BATCH_CONTEXTS), desc="unit table", unit="batch", leave=False, mininterval=2)):
         batch = batch.long()
         kept = (batch.flatten() != ActivationStream.END_OF_TEXT).nonzero()[:, 0]
-        acts = mlp_activations(model, batch).flatten(0, 1)[kept]
+        acts = residual.activations(model, batch, after).flatten(0, 1)[kept]
         rows = kept.cpu().numpy() + i * BATCH_CONTEXTS * contexts.shape[1]
         for start in range(0, len(rows), ENCODED_ROWS):
             part = encode(acts[start:start + ENCODED_ROWS]).float().cpu().numpy()

@@ -109,15 +109,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores, -1) @ v
 
 
+def embed(p: Parameters, tokens: Tensor) -> Tensor:
+    """Residual stream before the first layer, [batch, pos, d_model]."""
+    return F.embedding(tokens, p["tok_embed.weight"]) + p["pos.weight"][: tokens.shape[1]]
+
+
+def attended(p: Parameters, layer: str, resid: Tensor, n_heads: int) -> Tensor:
+    """Residual stream after a layer's attention."""
+    return resid + attention(p, layer, norm(p, f"{layer}.ln1", resid), n_heads)
+
+
+def through_layers(p: Parameters, resid: Tensor, n_heads: int, layers: range) -> Tensor:
+    """Residual stream after some layers, from that before them."""
+    for layer in (f"layers.{i}" for i in layers):
+        resid = attended(p, layer, resid, n_heads)
+        resid = resid + linear(p, f"{layer}.mlp.fc_out", mlp_post(p, layer, resid))
+    return resid
+
+
 def before_last_mlp(p: Parameters, tokens: Tensor, n_heads: int, n_layers: int) -> Tensor:
     """Residual stream before the last MLP, [batch, pos, d_model]."""
-    resid = F.embedding(tokens, p["tok_embed.weight"]) + p["pos.weight"][: tokens.shape[1]]
-    for i in range(n_layers):
-        layer = f"layers.{i}"
-        resid = resid + attention(p, layer, norm(p, f"{layer}.ln1", resid), n_heads)
-        if i < n_layers - 1:
-            resid = resid + linear(p, f"{layer}.mlp.fc_out", mlp_post(p, layer, resid))
-    return resid
+    resid = through_layers(p, embed(p, tokens), n_heads, range(n_layers - 1))
+    return attended(p, f"layers.{n_layers - 1}", resid, n_heads)
 
 
 def mlp_post(p: Parameters, layer: str, resid: Tensor) -> Tensor:
@@ -154,13 +167,16 @@ def token_losses(model: Transformer, tokens: Int[Tensor, "batch pos"],
     last = f"layers.{cfg.n_layers - 1}"
     resid = before_last_mlp(p, tokens, cfg.n_heads, cfg.n_layers)
     acts = mlp_post(p, last, resid)
-    losses = {}
-    for name, edit in edits.items():
-        out = resid + linear(p, f"{last}.mlp.fc_out", acts if edit is None else edit(acts))
-        final = norm(p, "ln_out", out)[:, :-1]
-        losses[name] = torch.stack([F.cross_entropy(F.linear(h, p["head.weight"]), t, reduction="none")
-                                    for h, t in zip(final, tokens[:, 1:], strict=True)])
-    return losses
+    return {name: next_token_losses(p, resid + linear(p, f"{last}.mlp.fc_out", acts if edit is None else edit(acts)), tokens)
+            for name, edit in edits.items()}
+
+
+def next_token_losses(p: Parameters, resid: Float[Tensor, "batch pos d_model"],
+                      tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos-1"]:
+    """Loss in nats from the residual stream after the last layer; logits are in memory one context at a time."""
+    final = norm(p, "ln_out", resid)[:, :-1]
+    return torch.stack([F.cross_entropy(F.linear(h, p["head.weight"]), t, reduction="none")
+                        for h, t in zip(final, tokens[:, 1:], strict=True)])
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -239,9 +255,9 @@ def ngram_losses(train: Int[Tensor, " n"], held_out: Int[Tensor, "n_contexts n_c
     return {"unigram": -unigram[following].log().mean().item(), "bigram": bigram}
 
 
-def save_transformer(model: Transformer, path: Path) -> None:
-    """Write the weights as safetensors, under the short names of `parameters`."""
-    save_file({name: value.detach().contiguous() for name, value in parameters(model).items()}, path)
+def save_transformer(model: Transformer, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the weights as safetensors, under the short names of `parameters`; in float16 the file is half as large."""
+    save_file({name: value.detach().to(dtype).contiguous() for name, value in parameters(model).items()}, path)
 
 
 def load_transformer(path: Path, config: TransformerConfig) -> Transformer:

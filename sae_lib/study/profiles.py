@@ -32,6 +32,16 @@ class ToySizes:
 
 
 @dataclass(frozen=True)
+class DeepSizes:
+    """Sizes of notebooks 11 and 12: a transformer of several layers, and dictionaries on its residual stream."""
+
+    transformer: TransformerConfig = TransformerConfig(n_tokens=7_000_000, n_layers=3)
+    dictionary: TrainConfig = TrainConfig(n_activations=4_000_000, batch_size=2048, l1_coefficient=1.0, lr=1e-3, lr_warmup=0.01,
+                                          lr_decay=0.4, birth_density=0.005, resample_inputs=131_072)
+    expansion: int = 8  # features per dimension of the residual stream
+
+
+@dataclass(frozen=True)
 class Profile:
     """Every size and hyperparameter of one scale of the study."""
 
@@ -53,6 +63,7 @@ class Profile:
     component_sample: int  # activations that PCA and ICA are fitted to
     bootstrap: int  # draws
     toy: ToySizes = ToySizes()
+    deep: DeepSizes = DeepSizes()
 
     @property
     def d_sae(self) -> int:
@@ -112,6 +123,10 @@ SMOKE = replace(
         l1=(0.2, 0.7), test_rows=1024,
         training=TrainConfig(n_activations=32_000, batch_size=256, lr=1e-2, lr_warmup=0.05, lr_decay=0.5, birth_density=0.05,
                              resample_inputs=1024, precision="float32")),
+    deep=DeepSizes(
+        transformer=TransformerConfig(n_tokens=300_000, n_layers=3, d_vocab=1024, n_ctx=64, d_model=64, n_heads=2, d_mlp=128),
+        dictionary=TrainConfig(n_activations=80_000, batch_size=512, l1_coefficient=1.0, lr=1e-3, birth_density=0.01,
+                               resample_inputs=8192), expansion=4),
 )
 
 PAPER = replace(

@@ -1,0 +1,96 @@
+"""The residual stream between layers: read it, edit it, go on from it (Cunningham et al., section 2; C1, C4).
+
+A dictionary reads either the last layer's MLP activations (`after` is None) or the residual stream after so many layers: 0 is
+the sum of embeddings, `n_layers` is what the unembedding reads. Whatever harvests, evaluates or tabulates takes `after` and asks
+here, so that one-layer MLP dictionaries and those between the layers of a deeper model share everything else.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lib.errors import StudyError
+from sae_lib.transformer import (
+    MlpEdit,
+    Parameters,
+    Transformer,
+    embed,
+    mlp_activations,
+    next_token_losses,
+    norm,
+    parameters,
+    through_layers,
+    token_losses,
+)
+
+ResidualEdit = Callable[[Tensor], Tensor]
+
+
+def _check(model: Transformer, after: int) -> None:
+    n = model.cfg.n_layers
+    if not 0 <= after <= n:
+        raise StudyError(f"There is no residual stream after {after} layers of a model that has {n}; give a number from 0 to "
+                         f"{n}.")
+
+
+def hook_name(model: Transformer, after: int | None) -> str:
+    """What TransformerLens calls the place."""
+    last = model.cfg.n_layers - 1
+    if after is None:
+        return f"blocks.{last}.mlp.hook_post"
+    _check(model, after)
+    return f"blocks.{after}.hook_resid_pre" if after <= last else f"blocks.{last}.hook_resid_post"
+
+
+def width(model: Transformer, after: int | None) -> int:
+    """Numbers in one activation there: d_mlp, or d_model."""
+    return model.cfg.d_mlp if after is None else model.cfg.d_model
+
+
+@torch.no_grad()
+def activations(model: Transformer, tokens: Int[Tensor, "batch pos"], after: int | None,
+                keep: Int[Tensor, "batch kept"] | None = None, p: Parameters | None = None) -> Float[Tensor, "batch kept d_in"]:
+    """MLP activations of the last layer (None) or the residual stream after some layers, at the positions `keep` (all if None).
+
+    `p` stands in for the model's own parameters, as in `mlp_activations`. Raises StudyError if there are not so many layers.
+    """
+    if after is None:
+        return mlp_activations(model, tokens, keep, p)
+    _check(model, after)
+    p = p or parameters(model)
+    resid = through_layers(p, embed(p, tokens), model.cfg.n_heads, range(after))
+    return resid if keep is None else resid.gather(1, keep[..., None].expand(-1, -1, resid.shape[-1]))
+
+
+@torch.no_grad()
+def go_on(model: Transformer, resid: Float[Tensor, "batch pos d_model"], after: int,
+          until: int | None = None) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream after `until` layers (all if None), from that after `after` of them. Positions count from the first.
+
+    Raises StudyError if there are not so many layers.
+    """
+    until = model.cfg.n_layers if until is None else until
+    _check(model, after)
+    _check(model, until)
+    return through_layers(parameters(model), resid, model.cfg.n_heads, range(after, until))
+
+
+@torch.no_grad()
+def unembed(model: Transformer, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+    """Logits of the residual stream after the last layer, as they are."""
+    p = parameters(model)
+    return F.linear(norm(p, "ln_out", resid), p["head.weight"])
+
+
+@torch.no_grad()
+def losses(model: Transformer, tokens: Int[Tensor, "batch pos"], edits: dict[str, MlpEdit | ResidualEdit | None],
+           after: int | None) -> dict[str, Float[Tensor, "batch pos-1"]]:
+    """Next-token loss in nats, once for each way of editing the activations there [batch, pos, d_in] (None: left alone)."""
+    if after is None:
+        return token_losses(model, tokens, edits)
+    resid, p = activations(model, tokens, after), parameters(model)
+    return {name: next_token_losses(p, go_on(model, resid if edit is None else edit(resid), after), tokens)
+            for name, edit in edits.items()}
