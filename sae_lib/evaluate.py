@@ -38,7 +38,8 @@ class HeldOut(NamedTuple):
     document: Int[Tensor, " tokens"]
     values: dict[str, Float[Tensor, " tokens"]]
     """clean, zero, mean: loss in nats; with a dictionary also dictionary: loss, l0: active features, error and spread: squared
-    distance of the activations from their reconstruction and from their mean, summed over neurons."""
+    distance of the activations from their reconstruction and from their mean, written: squared length of what the features add
+    to the decoder's bias, fit: its product with what they should add; these four summed over neurons."""
     fired: Int[Tensor, " d_sae"]
 
     def document_sums(self, *names: str) -> np.ndarray:
@@ -60,6 +61,10 @@ class HeldOut(NamedTuple):
         """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, pooled over tokens."""
         return bootstrap_interval(self.document_sums("error", "spread"), lambda t: explained_share(t[..., 0], t[..., 1]), **draws)
 
+    def gain(self, **draws: int) -> Interval:
+        """What all features would have to be multiplied with to reconstruct best: above 1 where they are shrunk."""
+        return bootstrap_interval(self.document_sums("fit", "written"), lambda t: t[..., 0] / t[..., 1], **draws)
+
 
 def _batches(text: Text, description: str) -> Iterator[Text]:
     parts = zip(*(values.split(BATCH_CONTEXTS) for values in text), strict=True)
@@ -75,13 +80,19 @@ def mean_activation(model: Transformer, text: Text) -> Float[Tensor, " d_mlp"]:
 
 
 @torch.no_grad()
-def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None) -> HeldOut:
-    """Run the model over held-out text: untouched, ablated to zero and to the mean, and with the dictionary if one is given."""
-    mean = mean_activation(model, text)
+def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None, known: HeldOut | None = None) -> HeldOut:
+    """Run the model over held-out text: untouched, ablated to zero and to the mean, and with the dictionary if one is given.
+
+    `known` is what was found with another dictionary on the same text: what both have in common is most of the work, and is taken
+    from there.
+    """
+    mean = mean_activation(model, text) if known is None else None
     fired = torch.zeros(len(sae.W_dec) if sae else 0, dtype=torch.int64)
     rows: list[dict[str, Tensor]] = []
     for batch in _batches(text, "held-out pass"):
-        edits: dict[str, Callable | None] = {"clean": None, "zero": torch.zeros_like, "mean": lambda acts: mean.expand_as(acts)}
+        edits: dict[str, Callable | None] = {}
+        if known is None:
+            edits |= {"clean": None, "zero": torch.zeros_like, "mean": lambda acts: mean.expand_as(acts)}
         keep = batch.contexts[:, :-1] != ActivationStream.END_OF_TEXT
         values = {"document": batch.documents}
         if sae:
@@ -90,11 +101,15 @@ def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None) -> Hel
             edits["dictionary"] = lambda _, output=output: output.reconstruction
             active = output.features > 0
             fired += torch.count_nonzero(active[:, :-1][keep], dim=0)
+            written = output.reconstruction - sae.b_dec
             values |= {"l0": active.sum(-1).float(), "error": (acts - output.reconstruction).square().sum(-1),
-                       "spread": (acts - mean).square().sum(-1)}
+                       "written": written.square().sum(-1), "fit": (written * (acts - sae.b_dec)).sum(-1)}
+            if known is None:
+                values["spread"] = (acts - mean).square().sum(-1)
         losses = token_losses(model, batch.contexts, edits)
         rows.append({name: value[:, :-1][keep] for name, value in values.items()} | {n: loss[keep] for n, loss in losses.items()})
     columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    columns |= {name: known.values[name] for name in ("clean", "zero", "mean", "spread")} if known else {}
     return HeldOut(columns.pop("document"), columns, fired)
 
 
