@@ -55,9 +55,13 @@ def test_the_papers_recipe_differs_in_how_features_are_born():
 
 def test_the_coefficient_for_a_wanted_l0_is_between_those_tried():
     # L0 falls as 100 / coefficient, so 20 needs 5.
-    assert kinds.control_for(20, [1.0, 10.0], [100.0, 10.0]) == pytest.approx(5)
-    assert kinds.control_for(500, [1.0, 10.0], [100.0, 10.0]) == 1
-    assert kinds.control_for(1, [1.0, 10.0], [100.0, 0.0]) == pytest.approx(10 ** 0.4)
+    assert kinds.control_for(20.0, [1.0, 10.0], [100.0, 10.0]) == pytest.approx(5)
+    assert kinds.control_for(500.0, [1.0, 10.0], [100.0, 10.0]) == 1
+    assert kinds.control_for(1.0, [1.0, 10.0], [100.0, 0.0]) == pytest.approx(10 ** 0.4, rel=0.01)
+
+
+def test_a_matched_dictionary_is_not_taken_for_one_of_the_others():
+    assert Setting("gated", 4.0, 8, 0, True).name != Setting("gated", 4.0, 8, 0).name
 
 
 def test_the_best_rate_has_the_smallest_objective():
@@ -107,9 +111,9 @@ def test_what_is_trained_and_what_is_said_of_it(study):
         assert (found.scores.kind == kind).sum() <= 3
     assert table[table.expansion == 1].kind.tolist() == list(module.WIDE)
     k = table[table.kind == "topk"]
-    l0 = found.each(k.index, "l0", n_boot=20)
+    l0 = found.each(k.index.to_numpy(), "l0", n_boot=20)
     assert (l0.value <= k.control + 1e-6).all()
-    explained = found.each(range(len(table)), "explained", n_boot=20)
+    explained = found.each(np.arange(len(table)), "explained", n_boot=20)
     assert ((explained.low <= explained.value) & (explained.value <= explained.high)).all()
     lead, whole = found.lead("batchtopk", "topk", "explained", n_boot=20)
     assert math.isnan(whole.least) or lead.low <= lead.value <= lead.high

@@ -247,7 +247,7 @@ turn = found.of(swept, turning, **draws)
 verdict = "not" if np.isnan(turn.value) or beaten > 1 else "reproduced" if beaten == 0 and turn.high < 0.75 else "partly"
 row("10.alpha", claim="The sparsity-fidelity curve is smooth: share of its turning that the sharpest turn has", paper="figure only", paper_source="C Figure 6, Appendix E",
     ours=kept(turn.value), low=kept(min(turn.low, turn.value)), high=kept(max(turn.high, turn.value)), seeds=1, verdict=verdict,
-    caveat=f"ReLU and L1 on MLP activations, {len(swept)} coefficients, explained variance; {beaten} beaten by another; equal turns would give {1 / max(1, len(smooth.l0) - 2):.2f}")
+    caveat=f"L1, born rare, on MLP activations, {len(swept)} coefficients, explained variance; {beaten} beaten by another; equal turns would give {1 / max(1, len(smooth.l0) - 2):.2f}")
 print(f"{beaten} of {len(swept)} coefficients beaten; the sharpest turn has {turn.value:.0%} of the turning")
 
 # %% [markdown]
@@ -266,7 +266,7 @@ ordered = [i for kind in KINDS for i in matched[kind]]
 gains = table.loc[ordered, ["kind", "gains"]].join(found.each(ordered, "gain", **draws))
 gain = {kind: at(kind, "gain") for kind in KINDS}
 study.show(frontier_figures.gain_figure(gains), "10-shrinkage",
-           claim=f"The paper's recipe would have to be scaled up by {gain['paper'].value - 1:.0%}, born rare by {gain['standard'].value - 1:.0%}, {KINDS[winner]} by {gain[winner].value - 1:.0%}",
+           claim=f"Activations should be {gain['paper'].value:.2f} times as strong in the paper's recipe, {gain['standard'].value:.2f} times if born rare, {gain[winner].value:.2f} times in {KINDS[winner]}",
            alt="For each kind the factor that would suit all features, by seed, and quartiles of the factors that would suit each. "
                + "; ".join(f"{KINDS[kind]} {gain[kind].value:.3f}" for kind in KINDS) + ".")
 
@@ -339,8 +339,8 @@ width = table.loc[chosen, ["kind", "expansion"]].join(found.each(chosen, "recove
 told = [i for i in chosen if table.kind[i] == "batchtopk"]
 gained = found.of([told[0], told[-1]], lambda values: values("recovered")[..., 1] - values("recovered")[..., 0], **draws)
 ends = [int(table.expansion[i]) for i in (told[0], told[-1])]
-study.show(frontier_figures.width_figure(width), "10-width", claim=f"From {ends[0]}x to {ends[1]}x BatchTopK recovers {gained.value:+.1%} of the loss with as many active features",
-           alt="Two panels against width, for ReLU with an L1 penalty and BatchTopK: loss recovered, and L0. "
+study.show(frontier_figures.width_figure(width), "10-width", claim=f"From {ends[0]}x to {ends[1]}x BatchTopK recovers {100 * gained.value:+.1f} points of the loss with as many active features",
+           alt="Two panels against width, for the L1 penalty and BatchTopK: loss recovered, and L0. "
                + "; ".join(f"{KINDS[r.kind]} {r.expansion}x {r.recovered:.1%} at L0 {r.l0:.1f}" for r in width.itertuples()) + ".")
 row("10.width", claim=f"A {ends[1]}x dictionary recovers more than a {ends[0]}x one at the same L0: by how much", paper=None, paper_source="How much of the model (rises with width)", ours=gained.value,
     low=min(gained.low, gained.value), high=max(gained.high, gained.value), seeds=1, verdict="reproduced" if gained.low > 0 else "partly" if gained.value > 0 else "not", caveat="BatchTopK, the same activations; paired bootstrap")
@@ -365,7 +365,7 @@ order = known.recovered.corr(known.spearman_value, method="spearman") if len(kno
 if len(known):
     top = known.loc[known.spearman_value.idxmax()]
     study.show(frontier_figures.explained_figure(known), "10-explained", claim=f"Best explained are features of {KINDS[top.kind]} (median {top.spearman_value:.2f}); rank correlation with loss recovered {order:+.2f}",
-               alt="Median score of features' explanations against loss recovered, a marker a kind: "
+               alt="Median score of features' explanations, a row a kind: "
                    + "; ".join(f"{KINDS[r.kind]} {r.spearman_value:.2f} ({r.spearman_low:.2f} to {r.spearman_high:.2f}), on logits {r.logit_value:.2f}" for r in known.itertuples()) + ".")
 
 # %%
@@ -373,9 +373,9 @@ apart = scores.differences(units, "spearman", of="standard", **draws)
 for kind in KINDS:
     m, logit = medians["spearman"].loc[kind], medians["logit"].loc[kind]
     d = [-apart.loc[kind, part] for part in ("value", "high", "low")] if kind in apart.index else [0.0, 0.0, 0.0] if kind == "standard" else [np.nan] * 3
-    row(f"10.autointerp.{kind}", claim=f"Features of {KINDS[kind]} are explained no worse than those of ReLU and L1: median score", paper=None, paper_source="no number", ours=kept(m.value), low=kept(m.low),
+    row(f"10.autointerp.{kind}", claim=f"Features of {KINDS[kind]} are explained no worse than those of the L1 dictionary born rare: median score", paper=None, paper_source="no number", ours=kept(m.value), low=kept(m.low),
         high=kept(m.high), seeds=1, verdict="reproduced" if d[1] > -0.1 else "partly" if d[2] > 0 else "not",
-        caveat=f"{found.explainer}, Spearman on activations, {m.units:.0f} features, L0 {l0[kind].value:.0f}; against ReLU and L1 {d[0]:+.2f} ({d[1]:+.2f} to {d[2]:+.2f}); on logits {logit.value:.2f}")
+        caveat=f"{found.explainer}, Spearman on activations, {m.units:.0f} features, L0 {l0[kind].value:.0f}; against that one {d[0]:+.2f} ({d[1]:+.2f} to {d[2]:+.2f}); on logits {logit.value:.2f}")
 
 # %% [markdown]
 # ## 10 · Six broken training runs
@@ -399,7 +399,7 @@ study.show(frontier_figures.broken_figure(broken), "10-broken", claim="Six train
 # Look at the end of each curve, then at its texture. Nothing active: too dear. Everything active: too cheap. A jagged error: what
 # changes from batch to batch? A saw in L0: something keeps putting features back. An error far below the healthy one at the *same*
 # number of active features: nobody gets that for nothing, so ask for held-out text. An error above the healthy one with few features
-# left: what killed them?
+# left: what killed them, and when?
 #
 # </details>
 #

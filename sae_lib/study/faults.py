@@ -27,7 +27,7 @@ from sae_lib.train import train_sae
 from sae_lib.transformer import mlp_activations
 
 HEALTHY = "healthy"
-REPEATED = 8  # batches that come again and again
+REPEATED = 4  # batches that come again and again
 OFTEN = tuple(np.arange(0.02, 1.0, 0.02).round(2).tolist())
 
 
@@ -44,7 +44,7 @@ class Fault:
 
 
 FAULTS = {
-    "rate": Fault("the learning rate is 30 times too high", "steps are too long to settle: the loss stays high", "loss", 1.2),
+    "rate": Fault("the learning rate is 100 times too high", "an explosion, after which most features stay silent", "loss", 1.3),
     "high": Fault("the L1 coefficient is 10 times too high", "next to nothing is active, and little is rebuilt", "l0", 0.25),
     "low": Fault("the L1 coefficient is 20 times too low", "a lovely error, paid for with very many active features", "l0", 4.0),
     "order": Fault("rows come in the order of the text", "the error jumps from batch to batch, as topics do", "jumps", 2.0),
@@ -79,7 +79,7 @@ def _in_order(stream: ActivationStream, n: int) -> Float[Tensor, "n d_in"]:
 
 
 def _runs(train: TrainConfig) -> dict[str, TrainConfig]:
-    changed = {"rate": {"lr": 30 * train.lr}, "high": {"l1_coefficient": 10 * train.l1_coefficient},
+    changed = {"rate": {"lr": 100 * train.lr}, "high": {"l1_coefficient": 10 * train.l1_coefficient},
                "low": {"l1_coefficient": train.l1_coefficient / 20},
                "often": {"resample_at": OFTEN, "dead_window": 1e-4, "birth_density": None}}
     return {name: replace(train, **changed.get(name, {})) for name in (HEALTHY, *FAULTS)}

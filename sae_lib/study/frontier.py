@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 from safetensors.numpy import load_file, save_file
 
 from sae_lib import effects, fronts, interpret
@@ -35,6 +35,7 @@ WIDE = ("standard", "batchtopk")  # kinds that are trained at several widths
 ULTRALOW = 1e-4  # density: the held-out text has some hundred thousand tokens
 GAIN_ROWS, GAIN_ACTIVE = 16_384, 20  # activations on which features' own gains are measured, and where they are active at least
 QUARTILES = (0.25, 0.5, 0.75)
+Rows = Sequence[int] | Int[np.ndarray, " rows"]
 COMMON, OWN = ("clean", "zero", "mean", "spread"), ("dictionary", "l0", "error", "fit", "written")
 
 
@@ -57,7 +58,7 @@ class Frontier(NamedTuple):
         """Rows of the table with these values, in its order."""
         return np.flatnonzero(np.all([self.table[name] == value for name, value in wanted.items()], axis=0))
 
-    def of(self, rows: Sequence[int], statistic: Callable, **draws: int) -> Interval:
+    def of(self, rows: Rows, statistic: Callable, **draws: int) -> Interval:
         """A number with its bootstrap interval over documents. `statistic` is given a function from a measure to its values
         [..., rows]: l0, recovered (loss, by zero ablation), from_mean (the same by mean ablation), explained (variance) and gain.
         """
@@ -66,7 +67,7 @@ class Frontier(NamedTuple):
         cut = lambda t: (t[..., None, :len(COMMON) + 1], t[..., len(COMMON) + 1:].reshape(*t.shape[:-1], n, len(OWN)))
         return bootstrap_interval(sums, lambda t: statistic(partial(_measure, *cut(t))), **draws)
 
-    def each(self, rows: Sequence[int], measure: str, **draws: int) -> pd.DataFrame:
+    def each(self, rows: Rows, measure: str, **draws: int) -> pd.DataFrame:
         """A measure of each of some dictionaries: columns value, low, high."""
         found = [self.of([row], lambda values: values(measure)[..., 0], **draws) for row in rows]
         return pd.DataFrame(found, columns=Interval._fields, index=rows)
@@ -203,13 +204,13 @@ def _settings(study: Study, measure: Callable[[Setting], dict]) -> list[Setting]
     """All dictionaries. What an L1 coefficient makes of L0 is not known before: the one for the matched dictionaries is read off
     from those that differ in it."""
     sizes, main, first = study.profile.frontier, study.profile.expansion, seed_of(study)
-    settings, matched = [], {}
+    settings, matched, wanted = [], {}, float(sizes.matched_l0)
     for kind in KINDS:
         told = kind not in PENALISED
-        swept = [Setting(kind, float(control), main, first, told and control == sizes.matched_l0)
+        swept = [Setting(kind, float(control), main, first, told and control == wanted)
                  for control in (sizes.l0 if told else sizes.gate_l1 if kind == "gated" else sizes.l1)]
-        matched[kind] = float(sizes.matched_l0) if told else control_for(
-            sizes.matched_l0, [setting.control for setting in swept], [measure(setting)["l0_curve"][-1] for setting in swept])
+        matched[kind] = wanted if told else control_for(
+            wanted, [setting.control for setting in swept], [measure(setting)["l0_curve"][-1] for setting in swept])
         seeds = [Setting(kind, matched[kind], main, seed_of(study, i), True) for i in range(sizes.seeds)]
         settings += swept + [setting for setting in seeds if setting not in swept]
     return settings + [Setting(kind, matched[kind], width, first) for kind in WIDE for width in sizes.widths]

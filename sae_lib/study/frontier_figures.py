@@ -16,7 +16,10 @@ from sae_lib.study.kinds import KINDS
 L0_TICKS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 _COLOUR = dict(zip(KINDS, (COLOURS[6], COLOURS[5], COLOURS[1], COLOURS[0], COLOURS[4], COLOURS[2], COLOURS[3]), strict=True))
 _SYMBOL = dict(zip(KINDS, ("x", "square", "diamond", "circle", "triangle-up", "star", "triangle-down"), strict=True))
+FLOOR = {"l0": 0.01}  # of logarithmic axes, for what falls to nothing
 _BELOW = {"orientation": "h", "y": -0.16, "yanchor": "top"}
+
+_NARROW = {kind: name.replace("L1, ", "L1,<br>").replace("paper's ", "paper's<br>") for kind, name in KINDS.items()}
 
 
 def _look(kind: str, size: float = 9) -> dict:
@@ -46,6 +49,8 @@ def front_figure(found: Frontier, measure: str, title: str, **draws: int) -> go.
     main, first = table.expansion.mode()[0], table.seed.min()
     for kind, name in KINDS.items():
         rows = found.which(kind=kind, expansion=main)
+        if not len(rows):
+            continue
         l0, fidelity = (found.each(rows, of, **draws) for of in ("l0", measure))
         ours = table.seed[rows] == first
         line = fronts.front(l0.value[ours].to_numpy(), fidelity.value[ours].to_numpy())
@@ -72,7 +77,7 @@ def lead_figure(leads: pd.DataFrame) -> go.Figure:
     names = [KINDS[kind] for kind in leads[leads.part == "least"].kind]
     fig.add_vline(x=0, line_dash="dot")
     fig.update_xaxes(title="loss recovered above the paper's recipe at equal L0", tickformat="+.0%")
-    fig.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5])
+    fig.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5], zeroline=False)
     return fig.update_layout(legend=_BELOW)
 
 
@@ -90,7 +95,7 @@ def gain_figure(table: pd.DataFrame) -> go.Figure:
                     error_y={"array": upper - middle, "arrayminus": middle - lower, "thickness": 1},
                     marker={"size": 8, "color": COLOURS[1], "symbol": "diamond-open"})
     fig.add_hline(y=1, line_dash="dot")
-    fig.update_xaxes(tickvals=list(range(len(kinds))), ticktext=[KINDS[kind].replace(" and L1, ", ", L1,<br>") for kind in kinds])
+    fig.update_xaxes(tickvals=list(range(len(kinds))), ticktext=[_NARROW[kind] for kind in kinds], zeroline=False)
     fig.update_yaxes(title="factor that would suit (1: nothing shrunk)")
     return fig.update_layout(legend=_BELOW)
 
@@ -122,12 +127,13 @@ def alive_figure(table: pd.DataFrame) -> go.Figure:
     """Bars of dead and of ultralow features by kind, the mean over seeds, with a mark for each seed's sum. Columns: kind, dead,
     ultralow."""
     fig, means = go.Figure(), table.groupby("kind", sort=False)[["dead", "ultralow"]].mean()
-    names = [KINDS[kind] for kind in means.index]
+    names = [_NARROW[kind] for kind in means.index]
     for column, name, colour, shape in (("dead", "never fire", COLOURS[0], ""), ("ultralow", "ultralow", COLOURS[1], "/")):
         fig.add_bar(x=names, y=means[column], name=name, marker={"color": colour, "pattern": {"shape": shape}})
-    fig.add_scatter(x=[KINDS[kind] for kind in table.kind], y=table.dead + table.ultralow, mode="markers", name="each seed",
+    fig.add_scatter(x=[_NARROW[kind] for kind in table.kind], y=table.dead + table.ultralow, mode="markers", name="each seed",
                     marker={"color": "#000000", "symbol": "line-ew-open", "size": 12})
-    fig.update_yaxes(title="share of the features", tickformat=".0%")
+    fig.update_yaxes(title="share of the features", tickformat=".0%", rangemode="tozero")
+    fig.update_xaxes(tickangle=0)
     return fig.update_layout(barmode="stack", legend=_BELOW)
 
 
@@ -147,32 +153,32 @@ def width_figure(table: pd.DataFrame) -> go.Figure:
 
 
 def explained_figure(table: pd.DataFrame) -> go.Figure:
-    """A marker a kind: what its features' explanations are worth against how much it recovers; a panel a score. Columns: kind,
-    recovered, and for each score value, low, high as score_value, ...; of scores spearman and logit."""
-    titles = {"spearman": "on activations (Spearman)", "logit": "on logits (chance 50 %)"}
-    fig = make_subplots(cols=2, horizontal_spacing=0.12, subplot_titles=list(titles.values()))
+    """A row a kind, the most faithful on top: what its features' explanations are worth, a panel a score. Columns: kind,
+    recovered, and value, low and high of the scores spearman and logit as spearman_value and so on."""
+    titles = {"spearman": "on activations (Spearman)", "logit": "on logits (share right, chance 50 %)"}
+    fig = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=list(titles.values()))
+    table = table.sort_values("recovered", ascending=False)
+    names = [f"{KINDS[row.kind]}<br>{row.recovered:.1%} recovered" for row in table.itertuples()]
     for col, score in enumerate(titles, start=1):
-        for row in table.itertuples():
-            value, low, high = (getattr(row, f"{score}_{part}") for part in ("value", "low", "high"))
-            fig.add_scatter(x=[row.recovered], y=[value], mode="markers", name=KINDS[row.kind], legendgroup=row.kind,
-                            showlegend=col == 1, marker=_look(row.kind, 12)["marker"], row=1, col=col,
-                            error_y={"array": [high - value], "arrayminus": [value - low], "thickness": 1,
-                                     "color": _COLOUR[row.kind]})
-    fig.update_xaxes(title="loss recovered", tickformat=".0%")
-    fig.update_yaxes(title="median score of a feature", col=1)
-    return fig.update_layout(legend=_BELOW)
+        own = pd.DataFrame({part: table[f"{score}_{part}"] for part in ("value", "low", "high")})
+        fig.add_scatter(x=own.value, y=names, mode="markers", showlegend=False, error_x=_bars(own), row=1, col=col,
+                        marker={"size": 11, "color": COLOURS[0]})
+    fig.update_xaxes(title="median score of a feature")
+    fig.update_yaxes(autorange="reversed")
+    return fig.update_layout(height=160 + 60 * len(names))
 
 
 def broken_figure(found: Broken, runs: Sequence[str] = tuple("ABCDEF")) -> go.Figure:
     """A column a run: squared error, L0 and the share of silent features as training goes on; the healthy run's in grey."""
     rows = {"mse": "squared error", "l0": "active features", "dead": "silent"}
     fig = make_subplots(rows=3, cols=len(runs), shared_xaxes=True, shared_yaxes="rows", column_titles=list(runs),
-                        horizontal_spacing=0.015, vertical_spacing=0.05)
+                        horizontal_spacing=0.015, vertical_spacing=0.05, x_title="thousand activations")
     for col, run in enumerate(runs, start=1):
         for row, column in enumerate(rows, start=1):
             for name, colour in ((HEALTHY, "#AAAAAA"), (run, COLOURS[0])):
                 part = found.logs[found.logs.run == name]
-                fig.add_scatter(x=part.activations / 1e3, y=part[column], mode="lines", showlegend=col == row == 1,
+                values = part[column].clip(lower=FLOOR.get(column))
+                fig.add_scatter(x=part.activations / 1e3, y=values, mode="lines", showlegend=col == row == 1,
                                 name="healthy" if name == HEALTHY else "the run", line={"color": colour, "width": 1.5},
                                 row=row, col=col)
     for row, title in enumerate(rows.values(), start=1):
@@ -180,5 +186,5 @@ def broken_figure(found: Broken, runs: Sequence[str] = tuple("ABCDEF")) -> go.Fi
     fig.update_yaxes(type="log", row=1)
     fig.update_yaxes(type="log", row=2)
     fig.update_yaxes(tickformat=".0%", row=3)
-    fig.update_xaxes(title="thousand activations", row=3, nticks=4)
+    fig.update_xaxes(row=3, nticks=4)
     return fig.update_layout(height=640, width=1100, legend={"orientation": "h", "y": -0.12, "yanchor": "top"})

@@ -18,7 +18,7 @@ from sae_lib.study.artefacts import Artefact
 from sae_lib.study.pipeline import Study
 from sae_lib.train import train_sae
 
-KINDS = {"paper": "the paper's recipe", "standard": "ReLU and L1, born rare", "gated": "Gated", "topk": "TopK",
+KINDS = {"paper": "the paper's recipe", "standard": "L1, born rare", "gated": "Gated", "topk": "TopK",
          "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "matryoshka": "Matryoshka"}
 MODERN = ("gated", "topk", "batchtopk", "jumprelu", "matryoshka")
 PENALISED = ("paper", "standard", "gated")  # their control is an L1 coefficient; of the others, a number of active features
@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.control:.4g}-{self.expansion}x-{self.seed}"
+        return f"{self.kind}-{self.control:.4g}-{self.expansion}x-{self.seed}" + "-matched" * self.matched
 
 
 def training(setting: Setting, base: TrainConfig, lr: float, d_sae: int) -> TrainConfig:

@@ -138,7 +138,7 @@ SMOKE = replace(
     frontier=FrontierSizes(
         training=TrainConfig(n_activations=16_384, batch_size=256, lr_decay=0.4, birth_density=0.02, resample_inputs=1024,
                              log_every=4),
-        rates=(1e-3, 3e-3), trial_activations=8192, l1=(2.0, 4.0, 8.0, 16.0), gate_l1=(4.0, 16.0),
+        rates=(1e-3, 3e-3), trial_activations=8192, l1=(2.0, 8.0), gate_l1=(4.0, 16.0),
         l0=(10, 30), seeds=2, widths=(2,), contexts=32,
         units=8, fault_expansion=2,
         fault_training=TrainConfig(n_activations=16_384, batch_size=256, lr=1e-3, l1_coefficient=4.0, lr_decay=0.4,
