@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float64
 from safetensors.numpy import load_file, save_file
 
 from sae_lib import effects, fronts, interpret
@@ -24,7 +24,7 @@ from sae_lib.activations import Harvest
 from sae_lib.evaluate import HeldOut, Text, held_out_pass
 from sae_lib.features import activation_table
 from sae_lib.fronts import Lead
-from sae_lib.metrics import Interval, bootstrap_interval, density_summary, explained_share, recovered_share
+from sae_lib.metrics import Interval, Numbers, bootstrap_interval, density_summary, explained_share, recovered_share
 from sae_lib.sae import SAE
 from sae_lib.shrinkage import own_gains
 from sae_lib.study import paths, scores
@@ -35,7 +35,7 @@ WIDE = ("standard", "batchtopk")  # kinds that are trained at several widths
 ULTRALOW = 1e-4  # density: the held-out text has some hundred thousand tokens
 GAIN_ROWS, GAIN_ACTIVE = 16_384, 20  # activations on which features' own gains are measured, and where they are active at least
 QUARTILES = (0.25, 0.5, 0.75)
-Rows = Sequence[int] | Int[np.ndarray, " rows"]
+Rows = Sequence | np.ndarray  # places in the table
 COMMON, OWN = ("clean", "zero", "mean", "spread"), ("dictionary", "l0", "error", "fit", "written")
 
 
@@ -72,30 +72,25 @@ class Frontier(NamedTuple):
         found = [self.of([row], lambda values: values(measure)[..., 0], **draws) for row in rows]
         return pd.DataFrame(found, columns=Interval._fields, index=rows)
 
-    def lead(self, kind: str, other: str, measure: str, part: str = "least", **draws: int) -> tuple[Interval, Lead]:
-        """By how much the front of one kind is above another's where they overlap: the least, or the mean, with an interval that
-        draws the same documents for both; and the whole of `fronts.lead`. Fronts are of the main width and the first seed."""
+    def lead(self, kind: str, other: str, measure: str, **draws: int) -> tuple[Interval, Lead]:
+        """By how much the front of one kind is above another's where they overlap: the least, with an interval that draws the
+        same documents for both; and the whole of `fronts.lead`. Fronts are of the main width and the first seed."""
         place = {"expansion": self.table.expansion.mode()[0], "seed": self.table.seed.min()}
         rows, others = (self.which(kind=name, **place) for name in (kind, other))
+        both = [*rows, *others]
 
         def leads(values: Callable) -> list[Lead]:
-            l0, fidelity = (values(name).reshape(-1, len(rows) + len(others)) for name in ("l0", measure))
+            l0, fidelity = (values(name).reshape(-1, len(both)) for name in ("l0", measure))
             split = lambda row: (row[:len(rows)], row[len(rows):])
             return [fronts.lead(*(fronts.front(*points) for points in zip(split(x), split(y), strict=True)))
                     for x, y in zip(l0, fidelity, strict=True)]
 
-        whole: list[Lead] = []
-
-        def statistic(values: Callable) -> np.ndarray:
-            found = leads(values)
-            whole[:] = found[-1:]  # the last call is that of the sums themselves
-            return np.array([getattr(each, part) for each in found]).reshape(values("l0").shape[:-1])
-
-        interval = self.of([*rows, *others], statistic, **draws)
-        return interval, whole[0]
+        least = lambda values: np.array([lead.least for lead in leads(values)]).reshape(values("l0").shape[:-1])
+        totals = partial(_measure, self.common.sum(0)[None], self.own[both].sum(1))
+        return self.of(both, least, **draws), leads(totals)[0]
 
 
-def _measure(common: np.ndarray, own: np.ndarray, name: str) -> np.ndarray:
+def _measure(common: np.ndarray, own: np.ndarray, name: str) -> Numbers:
     shared = dict(zip((*COMMON, "tokens"), np.moveaxis(common, -1, 0), strict=True))
     values = shared | dict(zip(OWN, np.moveaxis(own, -1, 0), strict=True))
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -68,16 +68,16 @@ def front_figure(found: Frontier, measure: str, title: str, **draws: int) -> go.
 
 
 def lead_figure(leads: pd.DataFrame) -> go.Figure:
-    """A row a kind: by how much its front is above another's. Columns: kind, part (least or mean), value, low, high."""
-    fig = go.Figure()
-    for part, symbol, colour, shift in (("least", "circle", COLOURS[0], 0.12), ("mean", "diamond-open", COLOURS[1], -0.12)):
-        own = leads[leads.part == part].reset_index(drop=True)
-        fig.add_scatter(x=own.value, y=own.index + shift, mode="markers", name=f"the {part} over the L0 that both have",
-                        error_x=_bars(own), marker={"symbol": symbol, "size": 11, "color": colour})
-    names = [KINDS[kind] for kind in leads[leads.part == "least"].kind]
+    """A row a kind: by how much its front is above others' at least. Columns: kind, over (the other), value, low, high."""
+    fig, kinds = go.Figure(), list(dict.fromkeys(leads.kind))
+    for i, (other, own) in enumerate(leads.groupby("over", sort=False)):
+        place = np.array([kinds.index(kind) for kind in own.kind])
+        fig.add_scatter(x=own.value, y=place + 0.24 * i - 0.12, mode="markers", name=f"over {KINDS[other]}", error_x=_bars(own),
+                        marker={"symbol": ("circle", "diamond-open")[i % 2], "size": 11, "color": COLOURS[i]})
     fig.add_vline(x=0, line_dash="dot")
-    fig.update_xaxes(title="loss recovered above the paper's recipe at equal L0", tickformat="+.0%")
-    fig.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5], zeroline=False)
+    fig.update_xaxes(title="loss recovered above the other's, at equal L0, where the difference is least", tickformat="+.0%")
+    fig.update_yaxes(tickvals=list(range(len(kinds))), ticktext=[KINDS[kind] for kind in kinds], range=[len(kinds) - 0.5, -0.5],
+                     zeroline=False)
     return fig.update_layout(legend=_BELOW)
 
 
