@@ -42,10 +42,10 @@ class FrontierSizes:
     trial_l1: float = 3.5
     l1: tuple[float, ...] = (1.5, 2.5, 4.0, 6.0, 9.0)  # of kinds with an L1 penalty on activations
     gate_l1: tuple[float, ...] = (3.0, 6.0, 10.0, 16.0)  # of gated ones, whose penalty is on the gates
-    l0: tuple[int, ...] = (10, 20, 30, 60)  # of kinds that are told how many features are to be active
+    l0: tuple[int, ...] = (10, 30, 60)  # of kinds that are told how many features are to be active
     matched_l0: int = 30  # at which every kind is trained from several seeds
     seeds: int = 3
-    widths: tuple[int, ...] = (2, 4, 16)  # features per neuron, besides those of the main dictionary
+    widths: tuple[int, ...] = (2, 4)  # features per neuron, besides those of the main dictionary
     contexts: int = 256  # of held-out text
     units: int = 128  # features of each kind that are explained
     fault_expansion: int = 4  # of the broken training runs
