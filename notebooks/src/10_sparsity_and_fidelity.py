@@ -15,8 +15,8 @@
 # **You will be able to** draw a front and say honestly whether one lies above another; write down a JumpReLU dictionary and its
 # gradient; measure shrinkage; and tell from three training curves what went wrong.
 #
-# **Needs** transformer A. The dictionaries, half a hundred, were trained on one harvest and are loaded as numbers; training them takes
-# most of an hour. **Makes** eleven figures and the rows 10 of the scorecard. **Time**: 35 minutes to read.
+# **Needs** transformer A. The dictionaries, some fifty, were trained on one harvest and are loaded as numbers; training them takes
+# most of an hour. **Makes** ten figures and the rows 10 of the scorecard. **Time**: 35 minutes to read.
 #
 # Seven kinds compete: the paper's recipe; the same with features that are born rare (notebook 03); and five that came after the paper.
 #
@@ -435,7 +435,7 @@ answers
 # - A dictionary that is told its number of active features saves the search for a coefficient.
 # - A better front is no better explanation. Measure both.
 #
-# **What would change our mind.** The budget is half a million activations or so; the paper's was eight billion. Its recipe is the one
+# **What would change our mind.** The budget is half a million activations a dictionary (in the workshop); the paper's was eight billion. Its recipe is the one
 # that suffers most from a short training. Whether its front stays below after a long one is not measured here.
 #
 # **If you only take away one thing**: a number for fidelity means nothing without the number for sparsity beside it.
