@@ -249,7 +249,7 @@ print(f"{KINDS[winner]}: {r.value:.1%} at L0 {n.value:.1f}")
 # much of all turning is the sharpest turn? All of it would be a knee; equal shares would be a curve as smooth as its points allow.
 
 # %%
-swept = found.which(kind="standard", expansion=main, seed=first)
+swept = found.which(kind="standard", expansion=main, seed=first, matched=False)
 line = found.each(swept, "l0", **draws).value.to_numpy(), found.each(swept, "explained", **draws).value.to_numpy()
 smooth = fronts.front(*line)
 beaten = len(swept) - len(smooth.l0)
@@ -366,7 +366,10 @@ row("10.width", claim=f"A {ends[1]}x dictionary recovers more than a {ends[0]}x 
 # As in notebook 05, an explainer sees examples of what a feature fires on and has to predict others. It is the *pattern explainer*,
 # which knows scripts, cases, digits and single tokens, and nothing of meaning; a language model would score higher on all kinds.
 #
-# **Predict.** Does the most faithful kind have the best explained features?
+# The kinds are compared at about the same L0, one dictionary each.
+#
+# **Predict.** Does the most faithful kind have the best explained features? And the one with most dead features: are its living ones
+# better or worse?
 
 # %%
 units = {kind: scores.Scores(found.scores[found.scores.kind == kind], None, None, []) for kind in KINDS}
