@@ -1,6 +1,6 @@
 """Dictionaries of every kind at several sparsities, widths and seeds, all trained on one harvest. What notebook 10 loads.
 
-The dictionaries themselves are there only until they are measured: half a hundred of them would take gigabytes. What is kept is a
+The dictionaries themselves are there only until they are measured: some fifty of them would take a gigabyte. What is kept is a
 row for each, its sums over the documents of the held-out text, from which every number gets its interval, and what the explainer
 said of some of its features.
 """

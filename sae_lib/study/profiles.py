@@ -167,7 +167,7 @@ PAPER = replace(
     toy=ToySizes(truth=FeatureConfig(d_in=256, n_features=512, active=5.0),
                  training=replace(ToySizes.training, n_activations=16_000_000, batch_size=4096, lr=1e-3)),
     frontier=FrontierSizes(
-        training=TrainConfig(n_activations=60_000_000, batch_size=4096, lr_warmup=0.01, lr_decay=0.2, birth_density=0.005),
+        training=TrainConfig(n_activations=20_000_000, batch_size=4096, lr_warmup=0.01, lr_decay=0.2, birth_density=0.005),
         trial_activations=4_000_000, contexts=1536, units=150,
         fault_training=replace(FrontierSizes.fault_training, n_activations=4_000_000)),
 )
