@@ -15,16 +15,16 @@ from sae_lib.study.profiles import SMOKE
 
 def log(mse, l0=30.0, resampled=0):
     mse = np.asarray(mse, dtype=float)
-    return pd.DataFrame({"loss": mse + 10, "mse": mse, "l0": l0, "resampled": resampled})
+    return pd.DataFrame({"dead": mse / 100, "mse": mse, "l0": l0, "resampled": resampled})
 
 
 def test_signs_by_hand():
     found = faults.signs(log([100] * 10 + [10, 20] * 5, l0=[99] * 18 + [4, 6], resampled=[8] + [0] * 19), d_sae=16, held_out=30.0)
-    assert found == pytest.approx({"loss": 25, "l0": 5, "jumps": np.log(2), "gap": 2, "resampled": 0.5})
+    assert found == pytest.approx({"silent": 0.15, "l0": 5, "jumps": np.log(2), "gap": 2, "resampled": 0.5})
 
 
 def test_a_sign_shows_if_it_is_far_enough_from_the_healthy_one():
-    base = dict.fromkeys(("loss", "l0", "jumps", "gap", "resampled"), 1.0)
+    base = dict.fromkeys(("silent", "l0", "jumps", "gap", "resampled"), 1.0)
     letters = dict(zip("ABCDEF", FAULTS, strict=True))
     shown = {letter: base | {FAULTS[name].sign: FAULTS[name].limit} for letter, name in letters.items()}
     hidden = {letter: base for letter in letters}

@@ -399,7 +399,7 @@ for kind in KINDS:
 # letter. Some look very good, and are not.
 #
 # Candidates, in no order: learning rate too high · L1 coefficient too high · L1 coefficient too low · rows not shuffled · the same few
-# batches again and again · resampling of whatever has been silent for a moment.
+# batches again and again · whatever has been silent for one batch is resampled, to fire on every second token.
 
 # %% tags=["slow"]
 broken = faults.broken(run)
@@ -412,7 +412,7 @@ study.show(frontier_figures.broken_figure(broken), "10-broken", claim="Six train
 # <details><summary>A hint for each sign</summary>
 #
 # Look at the end of each curve, then at its texture. Nothing active: too dear. Everything active: too cheap. A jagged error: what
-# changes from batch to batch? A saw in L0: something keeps putting features back. An error far below the healthy one at the *same*
+# changes from batch to batch? An L0 that rises again: something keeps putting features back. An error far below the healthy one at the *same*
 # number of active features: nobody gets that for nothing, so ask for held-out text. An error above the healthy one with few features
 # left: what killed them, and when?
 #

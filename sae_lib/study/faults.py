@@ -27,7 +27,8 @@ from sae_lib.train import train_sae
 from sae_lib.transformer import mlp_activations
 
 HEALTHY = "healthy"
-REPEATED = 4  # batches that come again and again
+SMALL = 0.01
+REPEATED = 8  # batches that come again and again
 OFTEN = tuple(np.arange(0.02, 1.0, 0.02).round(2).tolist())
 
 
@@ -40,16 +41,17 @@ class Fault:
     sign: str
     """Column of `signs` in which it shows."""
     limit: float
-    """How many times the healthy run's number it must be at least; at most, if below 1."""
+    """How many times the healthy run's number it must be at least; at most, if below 1. Numbers below SMALL count as that."""
 
 
 FAULTS = {
-    "rate": Fault("the learning rate is 100 times too high", "an explosion, after which most features stay silent", "loss", 1.3),
+    "rate": Fault("the learning rate is 30 times too high", "a high error, and half of the features fall silent", "silent", 10.0),
     "high": Fault("the L1 coefficient is 10 times too high", "next to nothing is active, and little is rebuilt", "l0", 0.25),
     "low": Fault("the L1 coefficient is 20 times too low", "a lovely error, paid for with very many active features", "l0", 4.0),
     "order": Fault("rows come in the order of the text", "the error jumps from batch to batch, as topics do", "jumps", 2.0),
-    "few": Fault(f"the same {REPEATED} batches again and again", "an error too good to be true; held-out text tells", "gap", 1.5),
-    "often": Fault("whatever is silent for one batch is resampled", "a saw: what was learned is undone", "resampled", 4.0),
+    "few": Fault(f"the same {REPEATED} batches again and again", "an error too good to be true; held-out text tells", "gap", 1.3),
+    "often": Fault("what is silent for one batch is reborn, dense", "L0 creeps up again: reborn features fire everywhere",
+                   "resampled", 4.0),
 }
 
 
@@ -79,7 +81,7 @@ def _in_order(stream: ActivationStream, n: int) -> Float[Tensor, "n d_in"]:
 
 
 def _runs(train: TrainConfig) -> dict[str, TrainConfig]:
-    changed = {"rate": {"lr": 100 * train.lr}, "high": {"l1_coefficient": 10 * train.l1_coefficient},
+    changed = {"rate": {"lr": 30 * train.lr}, "high": {"l1_coefficient": 10 * train.l1_coefficient},
                "low": {"l1_coefficient": train.l1_coefficient / 20},
                "often": {"resample_at": OFTEN, "dead_window": 1e-4, "birth_density": None}}
     return {name: replace(train, **changed.get(name, {})) for name in (HEALTHY, *FAULTS)}
@@ -119,11 +121,11 @@ def broken(study: Study) -> Broken:
 
 
 def signs(log: pd.DataFrame, d_sae: int, held_out: float) -> dict[str, float]:
-    """Numbers that tell faults apart. loss, l0: at the end, means over the last tenth of the log's lines; jumps: median change of
-    the squared error from line to line, in its logarithm, over the second half; gap: the squared error on held-out text over that
-    of the last tenth; resampled: how often the mean feature was."""
+    """Numbers that tell faults apart. l0, silent (share of features): at the end, means over the last tenth of the log's lines;
+    jumps: median change of the squared error from line to line, in its logarithm, over the second half; gap: the squared error on
+    held-out text over that of the last tenth; resampled: how often the mean feature was."""
     last, half = log.tail(max(1, len(log) // 10)), log.tail(max(2, len(log) // 2))
-    return {"loss": last.loss.mean(), "l0": last.l0.mean(), "jumps": np.log(half.mse).diff().abs().median(),
+    return {"silent": last.dead.mean(), "l0": last.l0.mean(), "jumps": np.log(half.mse).diff().abs().median(),
             "gap": held_out / last.mse.mean(), "resampled": log.resampled.sum() / d_sae}
 
 
@@ -133,7 +135,8 @@ def answers(found: Broken) -> pd.DataFrame:
     for letter, name in found.letters.items():
         fault = FAULTS[name]
         own, healthy = found.signs.loc[letter, fault.sign], found.signs.loc[HEALTHY, fault.sign]
-        shows = own >= fault.limit * healthy if fault.limit > 1 else own <= fault.limit * healthy
+        limit = fault.limit * max(healthy, SMALL)
+        shows = own >= limit if fault.limit > 1 else own <= limit
         rows[letter] = {"fault": fault.what, "looks like": fault.looks, "sign": fault.sign, "here": own, "healthy": healthy,
                         "shows": bool(shows)}
     return pd.DataFrame(rows).T
