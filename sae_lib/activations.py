@@ -9,6 +9,7 @@ waits for it between one batch and the next.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from jaxtyping import Float, Int
@@ -128,3 +129,42 @@ class ActivationStream:
 
         in_parallel(run, [(start,) for start in range(0, len(chosen), at_once)])
         return rows.flatten(0, 1)
+
+
+class Harvest:
+    """Activations kept in memory, so that several dictionaries train on the same rows in the same order. After the last row comes
+    the first again.
+
+    `seed` is that of what a training draws besides: the inputs that features are born along, and resampled to.
+    """
+
+    def __init__(self, rows: Float[Tensor, "n d_in"], batch_size: int, seed: int = 0):
+        """Raises StudyError if there are fewer rows than a batch has."""
+        if len(rows) < batch_size:
+            raise StudyError(f"{len(rows)} activations are fewer than one batch of {batch_size}; keep more, or use a smaller "
+                             "batch.")
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+
+    @classmethod
+    def of(cls, stream: ActivationStream, n: int, seed: int = 0) -> "Harvest":
+        """The first `n` activations of a stream, as far as they fill batches, in its order."""
+        rows = torch.empty(n // stream.batch_size * stream.batch_size, stream.d_in, dtype=stream.dtype, device=stream.device)
+        for place, batch in zip(rows.split(stream.batch_size), stream.batches(), strict=False):
+            place.copy_(batch)
+        return cls(rows, stream.batch_size, seed)
+
+    def reseeded(self, seed: int) -> "Harvest":
+        """The same rows for a training of another seed."""
+        return Harvest(self.rows, self.batch_size, seed)
+
+    def batches(self, start_step: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """Endless batches, beginning with that of step `start_step`."""
+        per_pass = len(self.rows) // self.batch_size
+        for step in count(start_step):
+            first = step % per_pass * self.batch_size
+            yield self.rows[first:first + self.batch_size]
+
+    def sample(self, n: int, purpose: str = "sample", step: int = 0) -> Float[Tensor, "n d_in"]:
+        """At most `n` random rows, in float32 and the processor's memory."""
+        chosen = torch.randperm(len(self.rows), generator=generator(self.seed, purpose, step))[:n]
+        return self.rows[chosen.to(self.rows.device)].float().cpu()

@@ -39,7 +39,8 @@ class HeldOut(NamedTuple):
     document: Int[Tensor, " tokens"]
     values: dict[str, Float[Tensor, " tokens"]]
     """clean, zero, mean: loss in nats; with a dictionary also dictionary: loss, l0: active features, error and spread: squared
-    distance of the activations from their reconstruction and from their mean, summed over their numbers."""
+    distance of the activations from their reconstruction and from their mean, written: squared length of what the features add
+    to the decoder's bias, fit: its product with what they should add; these four summed over their numbers."""
     fired: Int[Tensor, " d_sae"]
 
     def document_sums(self, *names: str) -> np.ndarray:
@@ -61,6 +62,10 @@ class HeldOut(NamedTuple):
         """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, pooled over tokens."""
         return bootstrap_interval(self.document_sums("error", "spread"), lambda t: explained_share(t[..., 0], t[..., 1]), **draws)
 
+    def gain(self, **draws: int) -> Interval:
+        """What all features would have to be multiplied with to reconstruct best: above 1 where they are shrunk."""
+        return bootstrap_interval(self.document_sums("fit", "written"), lambda t: t[..., 0] / t[..., 1], **draws)
+
 
 def _batches(text: Text, description: str) -> Iterator[Text]:
     parts = zip(*(values.split(BATCH_CONTEXTS) for values in text), strict=True)
@@ -77,16 +82,21 @@ def mean_activation(model: Transformer, text: Text, after: int | None = None) ->
 
 
 @torch.no_grad()
-def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None, after: int | None = None) -> HeldOut:
+def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None, known: HeldOut | None = None,
+                  after: int | None = None) -> HeldOut:
     """Run the model over held-out text: untouched, ablated to zero and to the mean, and with the dictionary if one is given.
 
-    What is ablated or rebuilt is the last layer's MLP activations, or the residual stream `after` so many layers.
+    What is ablated or rebuilt is the last layer's MLP activations, or the residual stream `after` so many layers. `known` is what
+    was found with another dictionary on the same text and there: what both have in common is most of the work, and is taken from
+    it.
     """
-    mean = mean_activation(model, text, after)
+    mean = mean_activation(model, text, after) if known is None else None
     fired = torch.zeros(len(sae.W_dec) if sae else 0, dtype=torch.int64)
     rows: list[dict[str, Tensor]] = []
     for batch in _batches(text, "held-out pass"):
-        edits: dict[str, Callable | None] = {"clean": None, "zero": torch.zeros_like, "mean": lambda acts: mean.expand_as(acts)}
+        edits: dict[str, Callable | None] = {}
+        if known is None:
+            edits |= {"clean": None, "zero": torch.zeros_like, "mean": lambda acts: mean.expand_as(acts)}
         keep = batch.contexts[:, :-1] != ActivationStream.END_OF_TEXT
         values = {"document": batch.documents}
         if sae:
@@ -95,11 +105,15 @@ def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None, after:
             edits["dictionary"] = lambda _, output=output: output.reconstruction
             active = output.features > 0
             fired += torch.count_nonzero(active[:, :-1][keep], dim=0)
+            written = output.reconstruction - sae.b_dec
             values |= {"l0": active.sum(-1).float(), "error": (acts - output.reconstruction).square().sum(-1),
-                       "spread": (acts - mean).square().sum(-1)}
+                       "written": written.square().sum(-1), "fit": (written * (acts - sae.b_dec)).sum(-1)}
+            if known is None:
+                values["spread"] = (acts - mean).square().sum(-1)
         losses = residual.losses(model, batch.contexts, edits, after)
         rows.append({name: value[:, :-1][keep] for name, value in values.items()} | {n: loss[keep] for n, loss in losses.items()})
     columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    columns |= {name: known.values[name] for name in ("clean", "zero", "mean", "spread")} if known else {}
     return HeldOut(columns.pop("document"), columns, fired)
 
 

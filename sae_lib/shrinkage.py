@@ -57,3 +57,19 @@ def apply_correction(sae: SAE, correction: Correction) -> SAE:
     corrected = deepcopy(sae).correct_(*correction)
     corrected.metadata |= {"shrinkage_corrected": True}
     return corrected.requires_grad_(False)
+
+
+@torch.no_grad()
+def own_gains(sae: SAE, x: Float[Tensor, "n d_in"], min_active: int = 1, chunk: int = 1024) -> Float[Tensor, " d_sae"]:
+    """What each feature's activation would have to be multiplied with to reconstruct best, if all others stayed as they are.
+
+    1 + sum f_i (d_i . residual) / sum f_i^2 over the rows `x`: above 1 for a feature let in too weakly; nan for one that is
+    active on fewer than `min_active` rows. Of a dictionary of any kind, for nothing is multiplied.
+    """
+    product, square, active = torch.zeros(3, len(sae.W_dec), dtype=torch.float64)
+    for rows in x.split(chunk):
+        features, reconstruction = sae(rows)
+        product += (features * ((rows - reconstruction) @ sae.W_dec.T)).sum(0)
+        square += features.square().sum(0)
+        active += (features > 0).sum(0)
+    return (1 + product / square).masked_fill(active < min_active, torch.nan).float()

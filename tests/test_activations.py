@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
-from sae_lib.activations import ActivationStream, StreamConfig
+from sae_lib.activations import ActivationStream, Harvest, StreamConfig
 from sae_lib.errors import StudyError
 from sae_lib.transformer import TransformerConfig, build, mlp_activations
 
@@ -73,3 +73,20 @@ def test_a_gpu_gives_the_same_batches_and_is_not_waited_for_within_a_chunk(strea
     for batch, expected in zip(found, stream.batches(), strict=False):
         torch.testing.assert_close(batch.float().cpu(), expected.float(), rtol=0.05, atol=0.02)
     torch.testing.assert_close(on_gpu.sample(50), stream.sample(50), rtol=0.05, atol=0.02)
+
+
+def test_a_harvest_keeps_the_first_batches_of_a_stream_and_repeats_them(stream):
+    harvest = Harvest.of(stream, 3 * stream.batch_size + 5)
+    for kept, expected in zip(islice(harvest.batches(), 3), stream.batches(), strict=False):
+        assert torch.equal(kept, expected)
+    assert torch.equal(next(harvest.batches(4)), next(stream.batches(1)))
+    again = harvest.reseeded(1)
+    assert torch.equal(next(again.batches(2)), next(harvest.batches(2)))
+    a, b = (source.sample(40, "birth") for source in (harvest, again))
+    assert a.dtype == torch.float32 and not torch.equal(a, b) and torch.equal(a, harvest.sample(40, "birth"))
+    assert len(harvest.sample(10 ** 6)) == len(harvest.rows)  # at most all, none twice
+
+
+def test_a_harvest_of_less_than_a_batch_is_refused():
+    with pytest.raises(StudyError, match="fewer than one batch"):
+        Harvest(torch.zeros(9, 4), 10)

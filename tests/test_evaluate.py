@@ -52,6 +52,23 @@ def test_a_perfect_dictionary_recovers_everything(model, text, perfect):
     assert torch.equal(held_out.fired, (acts > 0).sum(0))
 
 
+def test_a_dictionary_that_says_half_has_gain_two(model, text, perfect):
+    assert held_out_pass(model, text, perfect).gain(n_boot=20).value == pytest.approx(1, abs=1e-6)
+    with torch.no_grad():
+        perfect.W_enc.mul_(0.5)
+        perfect.b_dec.fill_(-3.0)  # below all activations, so that every feature stays active
+    assert held_out_pass(model, text, perfect).gain(n_boot=20).value == pytest.approx(2, abs=1e-5)
+
+
+def test_what_is_known_of_the_text_from_another_dictionary_is_not_measured_again(model, text, perfect):
+    other, whole = SAE(SAEConfig(d_in=24, d_sae=48)), held_out_pass(model, text, perfect)
+    found = held_out_pass(model, text, perfect, held_out_pass(model, text, other))
+    assert torch.equal(found.fired, whole.fired) and torch.equal(found.document, whole.document)
+    assert found.values.keys() == whole.values.keys()
+    for name, value in whole.values.items():
+        assert torch.equal(found.values[name], value), name
+
+
 def test_a_dictionary_that_says_nothing_recovers_nothing(model, text, perfect):
     with torch.no_grad():
         perfect.W_dec.zero_()

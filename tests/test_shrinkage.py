@@ -1,7 +1,7 @@
 import torch
 
 from sae_lib.sae import SAE, SAEConfig
-from sae_lib.shrinkage import GAINS, Correction, apply_correction, fit_correction
+from sae_lib.shrinkage import GAINS, Correction, apply_correction, fit_correction, own_gains
 
 
 def orthogonal(bias=0.0):
@@ -46,3 +46,26 @@ def test_a_feature_that_never_fires_keeps_a_usable_gain():
     correction = fit_correction(sae, torch.rand(1000, 4))
     assert correction.gain[2] == 1
     assert ((correction.gain >= GAINS[0]) & (correction.gain <= GAINS[1])).all()
+
+
+def test_an_l1_penalty_shrinks_an_orthogonal_dictionary_by_half_of_it():
+    # The best activation of a lone feature is a - l1 / 2, so its gain is a / (a - l1 / 2).
+    sae = orthogonal()
+    sae.W_enc[1, 1], l1 = 1.0, 0.4
+    sae.b_enc.fill_(-l1 / 2)
+    x = torch.diag(torch.tensor([1.0, 0.5, 2.0, 0.1]))
+    gains = torch.tensor([1 / 0.8, 0.5 / 0.3, 2 / 1.8, torch.nan])
+    torch.testing.assert_close(own_gains(sae, x), gains, equal_nan=True)
+    assert own_gains(sae, x, min_active=2).isnan().all()
+
+
+def test_the_gain_of_one_feature_leaves_the_others_as_they_are():
+    sae = orthogonal()
+    sae.W_dec[2] = torch.tensor([0.6, 0.0, 0.8, 0.0])  # writes on what the first one has to rebuild as well
+    x = torch.rand(500, 4)
+    gain = own_gains(sae, x)
+    f, reconstruction = sae(x)
+    for i in range(4):
+        factors = torch.linspace(gain[i] - 0.1, gain[i] + 0.1, 3)
+        errors = [(x - reconstruction - (factor - 1) * f[:, i:i + 1] * sae.W_dec[i]).square().sum() for factor in factors]
+        assert min(errors) == errors[1]

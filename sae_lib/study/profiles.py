@@ -42,6 +42,28 @@ class DeepSizes:
 
 
 @dataclass(frozen=True)
+class FrontierSizes:
+    """Sizes of notebook 10: dictionaries of every kind, all trained on one harvest and measured on the same text."""
+
+    training: TrainConfig = TrainConfig(n_activations=500_000, batch_size=1024, lr_warmup=0.02, lr_decay=0.4,
+                                        birth_density=0.005, resample_inputs=16_384, log_every=20)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)  # learning rates that each kind tries
+    trial_activations: int = 120_000
+    trial_l1: float = 3.5
+    l1: tuple[float, ...] = (1.5, 2.5, 4.0, 6.0, 9.0)  # of kinds with an L1 penalty on activations
+    gate_l1: tuple[float, ...] = (3.0, 6.0, 10.0, 16.0)  # of gated ones, whose penalty is on the gates
+    l0: tuple[int, ...] = (10, 30, 60)  # of kinds that are told how many features are to be active
+    matched_l0: int = 30  # at which every kind is trained from several seeds
+    seeds: int = 3
+    widths: tuple[int, ...] = (2, 4)  # features per neuron, besides those of the main dictionary
+    contexts: int = 256  # of held-out text
+    units: int = 128  # features of each kind that are explained
+    fault_expansion: int = 4  # of the broken training runs
+    fault_training: TrainConfig = TrainConfig(n_activations=300_000, batch_size=1024, lr=1e-3, l1_coefficient=4.0, lr_warmup=0.02,
+                                              lr_decay=0.4, birth_density=0.005, resample_inputs=16_384, log_every=4)
+
+
+@dataclass(frozen=True)
 class Profile:
     """Every size and hyperparameter of one scale of the study."""
 
@@ -64,6 +86,7 @@ class Profile:
     bootstrap: int  # draws
     toy: ToySizes = ToySizes()
     deep: DeepSizes = DeepSizes()
+    frontier: FrontierSizes = FrontierSizes()
 
     @property
     def d_sae(self) -> int:
@@ -127,6 +150,14 @@ SMOKE = replace(
         transformer=TransformerConfig(n_tokens=300_000, n_layers=3, d_vocab=1024, n_ctx=64, d_model=64, n_heads=2, d_mlp=128),
         dictionary=TrainConfig(n_activations=80_000, batch_size=512, l1_coefficient=1.0, lr=1e-3, birth_density=0.01,
                                resample_inputs=8192), expansion=4),
+    frontier=FrontierSizes(
+        training=TrainConfig(n_activations=16_384, batch_size=256, lr_decay=0.4, birth_density=0.02, resample_inputs=1024,
+                             log_every=4),
+        rates=(1e-3, 3e-3), trial_activations=8192, l1=(2.0, 8.0), gate_l1=(4.0, 16.0),
+        l0=(10, 30), seeds=2, widths=(2,), contexts=32,
+        units=8, fault_expansion=2,
+        fault_training=TrainConfig(n_activations=16_384, batch_size=256, lr=1e-3, l1_coefficient=4.0, lr_decay=0.4,
+                                   birth_density=0.02, resample_inputs=1024, log_every=2)),
 )
 
 PAPER = replace(
@@ -150,6 +181,10 @@ PAPER = replace(
     # The sizes of Cunningham et al.'s toy data.
     toy=ToySizes(truth=FeatureConfig(d_in=256, n_features=512, active=5.0),
                  training=replace(ToySizes.training, n_activations=16_000_000, batch_size=4096, lr=1e-3)),
+    frontier=FrontierSizes(
+        training=TrainConfig(n_activations=20_000_000, batch_size=4096, lr_warmup=0.01, lr_decay=0.2, birth_density=0.005),
+        trial_activations=4_000_000, contexts=1536, units=150,
+        fault_training=replace(FrontierSizes.fault_training, n_activations=4_000_000)),
 )
 
 PROFILES = {profile.name: profile for profile in (SMOKE, WORKSHOP, PAPER)}
