@@ -134,7 +134,8 @@ class Causes(NamedTuple):
 
     table: pd.DataFrame
     """A row a feature: feature; kind ("cause", one of the first few, or "random"); ranked: share lost in the contexts that ranked
-    it; value, low, high: in others; active: share of those others in which it is active. Last a row "together" of all causes."""
+    it; value, low, high: in others; active: share of those others in which it is active; cosine: of its direction and the
+    target's, near 1 if it is the same feature a layer earlier. Last a row "together" of all causes."""
     ranking: Effects
     """All features in the contexts of the ranking."""
     n_checked: int
@@ -144,8 +145,11 @@ def causes(layers: Layers, after: int, feature: int, n_causes: int, n_places: in
            n_boot: int = 1000) -> Causes:
     """Rank the features of the layer before by what their ablation takes from a feature, and measure the first few anew.
 
-    Raises StudyError if there are fewer than four documents in which the feature is strong.
+    Raises StudyError if there is no dictionary a layer before, or if the feature is strong in fewer than four documents.
     """
+    if after - 1 not in layers.dictionaries:
+        raise StudyError(f"There is no dictionary after {after - 1} layers, so a feature after {after} has no causes here; take "
+                         "one of a later layer.")
     documents = layers.text.documents.flatten().numpy()
     places = strong_places(layers.tables[after], feature, documents, 2 * n_places, seed)
     if len(places) < 4:
@@ -156,10 +160,13 @@ def causes(layers: Layers, after: int, feature: int, n_causes: int, n_places: in
     chosen = np.argsort(-ranking.mean, kind="stable")[:n_causes]
     random = _as_often(ranking, chosen, numpy_generator(seed, f"random causes after {after}", feature))
     check = effects(layers, after, feature, checked_in, [*chosen.tolist(), *random.tolist()])
+    normal = torch.nn.functional.normalize
+    cosine = normal(layers.dictionaries[after - 1].W_dec, dim=1) @ normal(layers.dictionaries[after].W_dec[feature], dim=0)
     rows = [{"feature": int(unit), "kind": kind, "ranked": ranking.mean[unit],
-             **mean_interval(check.lost[:, unit], seed=seed, n_boot=n_boot)._asdict(), "active": check.active[:, unit].mean()}
+             **mean_interval(check.lost[:, unit], seed=seed, n_boot=n_boot)._asdict(), "active": check.active[:, unit].mean(),
+             "cosine": float(cosine[unit])}
             for kind, units in (("cause", chosen), ("random", random)) for unit in units]
-    joint = {"feature": -1, "kind": "together", "ranked": np.nan, "active": 1.0,
+    joint = {"feature": -1, "kind": "together", "ranked": np.nan, "active": 1.0, "cosine": np.nan,
              **mean_interval(together(layers, after, feature, checked_in, chosen.tolist()), seed=seed, n_boot=n_boot)._asdict()}
     return Causes(pd.DataFrame([*rows, joint]), ranking, len(checked_in))
 
@@ -181,7 +188,7 @@ def grow(layers: Layers, after: int, feature: int, branches: Sequence[int], n_pl
     """The tree of a feature's causes: `branches[0]` of them a layer before, `branches[1]` of each of these, and so on.
 
     A row a node: node, parent (-1: the target itself), after, feature, and the columns of `Causes.table`; random features and the
-    rows "together" are leaves of their target. A cause that is strong in too few documents has no causes of its own.
+    rows "together" are leaves of their target. So is a cause of the first dictionary, or strong in too few documents.
 
     Raises StudyError as `causes` does, for the target itself.
     """

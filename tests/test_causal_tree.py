@@ -122,6 +122,13 @@ def test_a_feature_that_is_hardly_ever_strong(layers):
         grow(empty, 2, 0, (2, 1))
 
 
+def test_nothing_comes_before_the_first_dictionary(layers):
+    with pytest.raises(StudyError, match="no dictionary after -1 layers"):
+        causes(layers, 0, strongest(layers, 0), 2)
+    tree = grow(layers, 1, strongest(layers, 1), (1, 1, 1), n_places=5, n_boot=20)
+    assert set(tree.after[tree.parent >= 0]) == {0}
+
+
 def test_guesses_from_weights():
     before, target = SAE(SAEConfig(4, 4)).requires_grad_(False), SAE(SAEConfig(4, 1)).requires_grad_(False)
     before.W_dec.copy_(torch.eye(4))

@@ -61,25 +61,30 @@ def table(study: Study, after: int, split: str) -> csc_array:
 
 # --- what the dictionaries are ---------------------------------------------------------------------------------------
 
-MEASURES = ("l0", "explained variance", "loss recovered (zero)", "loss recovered (mean)", "perplexity", "perplexity, untouched")
+MEASURES = ("l0", "explained variance", "loss recovered (zero)", "loss recovered (mean)", "perplexity", "perplexity, untouched",
+            "perplexity, times")
+EVERY = 3  # of the held-out contexts one is read: the losses take most of the time
 
 
 def quality(study: Study) -> pd.DataFrame:
     """Columns after, measure (one of MEASURES), value, low, high: each dictionary on held-out text."""
+    text = Text(*(values[::EVERY] for values in study.held_out("test")))
+
     def one(after: int) -> list[dict]:
-        found = held_out_pass(deep.transformer(study).model, study.held_out("test"), deep.dictionary(study, after).model, after)
+        found = held_out_pass(deep.transformer(study).model, text, deep.dictionary(study, after).model, after)
         perplexity = lambda name: bootstrap_interval(found.document_sums(name), lambda t: np.exp(t[..., 0] / t[..., 1]),
                                                      **draws(study))
         values = (found.average("l0", **draws(study)), found.explained_variance(**draws(study)),
                   *(found.loss_recovered(kind, **draws(study)) for kind in ("zero", "mean")), perplexity("dictionary"),
-                  perplexity("clean"))
+                  perplexity("clean"), bootstrap_interval(found.document_sums("dictionary", "clean"),
+                                                          lambda t: np.exp((t[..., 0] - t[..., 1]) / t[..., 2]), **draws(study)))
         return [{"after": after, "measure": name, **value._asdict()} for name, value in zip(MEASURES, values, strict=True)]
 
     def make(out: Path, _: Path) -> None:
         rows = [row for after in layers(study) for row in one(after)]
         pd.DataFrame(rows).to_json(out / "quality.json", orient="records")
 
-    config = draws(study) | {"contexts": study.profile.held_out_contexts}
+    config = draws(study) | {"contexts": len(text.contexts), "measures": MEASURES}
     artefact = study.store.stage("case_quality", config, make, inputs=inputs(study))
     return pd.read_json(artefact.path / "quality.json", orient="records")
 

@@ -15,7 +15,7 @@ from sae_lib.study.pipeline import Study
 from sae_lib.study.tables import flat
 from sae_lib.study.widths import fires_on
 
-COLUMNS = ("node", "parent", "after", "feature", "kind", "ranked", "value", "low", "high", "active", "fires_on")
+COLUMNS = ("node", "parent", "after", "feature", "kind", "ranked", "value", "low", "high", "active", "cosine", "fires_on")
 
 
 def _layers(study: Study) -> Layers:
@@ -50,20 +50,22 @@ def tree(study: Study, name: str, unit: Unit) -> pd.DataFrame:
 def survey(study: Study) -> pd.DataFrame:
     """The causes of features drawn at random, of every layer but the first.
 
-    A row a feature: after, feature; first, random (share lost on ablating the greatest cause, and a random feature that is as
-    often active), together (the first four), all measured where they were not ranked; encoder, decoder, hit: `weight_guess`.
+    A row a feature: after, feature; cosine (of the greatest cause with it); first, random (share lost on ablating the greatest
+    cause, and a random feature that is as often active), together (the first four), all measured where they were not ranked;
+    encoder, decoder, hit: `weight_guess`.
     """
     def one(found: Layers, after: int, feature: int) -> dict:
         causes = causal_tree.causes(found, after, feature, 4, study.profile.deep.tree_places, **cases.draws(study))
         value = causes.table.set_index("kind").value
         guess = causal_tree.weight_guess(found.dictionaries[after - 1], found.dictionaries[after], feature, causes.ranking)
-        return {"after": after, "feature": feature, "first": value["cause"].iloc[0], "random": value["random"].iloc[0],
-                "together": value["together"], "encoder": guess.encoder, "decoder": guess.decoder, "hit": guess.first}
+        return {"after": after, "feature": feature, "cosine": causes.table.cosine[0], "first": value["cause"].iloc[0],
+                "random": value["random"].iloc[0], "together": value["together"], "encoder": guess.encoder,
+                "decoder": guess.decoder, "hit": guess.first}
 
     def make(out: Path, _: Path) -> None:
         found = _layers(study)
         rows = [one(found, after, feature) for after in cases.layers(study)[1:] for feature in _drawn(study, found, after)]
-        columns = ["after", "feature", "first", "random", "together", "encoder", "decoder", "hit"]
+        columns = ["after", "feature", "cosine", "first", "random", "together", "encoder", "decoder", "hit"]
         pd.DataFrame(rows, columns=columns).to_json(out / "survey.json", orient="records")
 
     config = _sizes(study) | {"surveyed": study.profile.deep.surveyed}
