@@ -34,7 +34,7 @@ class Apostrophe(NamedTuple):
     units: pd.DataFrame
     """A row a unit and layer. after, number, sign; role: "feature" (best on validation text), "best dimension" or "dimension it
     reads most"; chosen_by: validation correlation of the feature; active; and pearson, share, wider (of any token with the sign),
-    sensitivity, each with _low and _high, on the whole test text."""
+    sensitivity, each with _low and _high, on `cases.test_text`."""
     levels: pd.DataFrame
     """Of the best feature and the dimension it reads most: role, truth, level, width, tokens, weight."""
     kinds: pd.DataFrame
@@ -43,7 +43,7 @@ class Apostrophe(NamedTuple):
     effect: pd.DataFrame
     """What ablating does where the best feature is active on an apostrophe: role ("feature" or "dimension it reads most"), token,
     change (mean change of its logit), and of "s" and "t" low and high."""
-    scale: dict[str, float]
+    scale: dict[str, int]
     """places, and the rank of "s" among the lowered tokens by role."""
 
     @property
@@ -77,7 +77,7 @@ def _probe(study: Study) -> pd.DataFrame:
 def apostrophe(study: Study) -> Apostrophe:
     """Search for apostrophe features, by the paper's sentence and by correlation, and measure them."""
     def make(out: Path, _: Path) -> None:
-        texts = study.held_out("validation"), study.held_out("test", whole=True)
+        texts = study.held_out("validation"), cases.test_text(study)
         truths = [punctuation.apostrophes(text.contexts, study.vocabulary) for text in texts]
         kinds = [{kind: truth & punctuation.followed_by(text.contexts, study.vocabulary, texts_after)
                   for kind, texts_after in KINDS.items()} for text, truth in zip(texts, truths, strict=True)]
@@ -97,8 +97,9 @@ def apostrophe(study: Study) -> Apostrophe:
             found.to_json(out / f"{name}.json", orient="records", double_precision=6)
         (out / "scale.json").write_text(json.dumps(scale))
 
-    config = cases.draws(study) | {"contexts": study.profile.held_out_contexts, "places": study.profile.deep.case_places,
-                                   "probe": PROBE, "kinds": KINDS, "levels": cases.LEVELS}
+    config = cases.draws(study) | {"contexts": study.profile.held_out_contexts, "text": study.profile.deep.case_text,
+                                   "places": study.profile.deep.case_places, "probe": PROBE, "kinds": KINDS,
+                                   "levels": cases.LEVELS}
     artefact = study.store.stage("case_apostrophe", config, make, inputs=cases.inputs(study))
     read = lambda name: pd.read_json(artefact.path / f"{name}.json", orient="records")
     return Apostrophe(*(read(name) for name in ("probe", "units", "levels", "kinds", "effect")),
@@ -153,7 +154,7 @@ def _kinds(study: Study, chosen: dict[int, dict[str, tuple[Unit, float]]], units
 
 
 def _effect(study: Study, roles: dict[str, Unit], units: cases.Read, text: Text,
-            truth: np.ndarray) -> tuple[pd.DataFrame, dict[str, float]]:
+            truth: np.ndarray) -> tuple[pd.DataFrame, dict[str, int]]:
     """Mean change of every logit where the feature is active on apostrophes, if it, or a dimension, is ablated."""
     unit = roles["feature"]
     model, sae = deep.transformer(study).model, deep.dictionary(study, unit.after).model

@@ -3,6 +3,7 @@
 import html
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -67,7 +68,7 @@ def levels_figure(units: dict[str, pd.DataFrame], share: bool = True) -> go.Figu
     return fig.update_layout(barmode="stack", width=1000, height=440, legend={"orientation": "h", "y": -0.22, "yanchor": "top"})
 
 
-def _short(count: float) -> str:
+def _short(count: Real) -> str:
     return f"{count:.0f}" if count < 1000 else f"{count / 1000:.2g}k" if count < 1e5 else f"{count / 1e6:.2g}M"
 
 
@@ -243,6 +244,6 @@ def spell(tokens: Sequence[int], vocabulary: Sequence[bytes], k: int = 6) -> str
     return " ".join(quoted(vocabulary[int(t)]) for t in tokens[:k]) if isinstance(tokens, list) else ""
 
 
-def finite(*numbers: float) -> tuple[float | None, ...]:
+def finite(*numbers: Real) -> tuple[Real | None, ...]:
     """The numbers, or as many None if one of them is not finite: what a row of the scorecard takes."""
     return numbers if all(math.isfinite(number) for number in numbers) else (None,) * len(numbers)

@@ -59,6 +59,13 @@ def table(study: Study, after: int, split: str) -> csc_array:
     return csc_array(scipy.sparse.load_npz(artefact.path / "table.npz"))
 
 
+def test_text(study: Study) -> Text:
+    """The text that chosen units are measured on: test contexts at even distances, more of them than there are unit tables of."""
+    text = study.held_out("test", whole=True)
+    step = max(1, len(text.contexts) // study.profile.deep.case_text)
+    return Text(*(values[::step] for values in text))
+
+
 # --- what the dictionaries are ---------------------------------------------------------------------------------------
 
 MEASURES = ("l0", "explained variance", "loss recovered (zero)", "loss recovered (mean)", "perplexity", "perplexity, untouched",
@@ -128,7 +135,7 @@ def best_dimension(study: Study, after: int, target: Bool[np.ndarray, "n_context
     found, label = LabelCorrelations(2 * d_model, 2), torch.from_numpy(target)
     for tokens, wanted in zip(text.contexts.split(features.BATCH_CONTEXTS), label.split(features.BATCH_CONTEXTS), strict=True):
         acts = residual.activations(model, tokens.long(), after).flatten(0, 1) - mean
-        found.update(torch.cat([acts, -acts], 1).relu(), wanted.flatten())
+        found.update(torch.cat([acts, -acts], 1).relu(), wanted.flatten().long())
     best = int(found.pearson()[:, 1].argmax())
     return Unit(after, best % d_model, 1 if best < d_model else -1)
 

@@ -16,6 +16,7 @@ from sae_lib.study.tables import flat
 from sae_lib.study.widths import fires_on
 
 COLUMNS = ("node", "parent", "after", "feature", "kind", "ranked", "value", "low", "high", "active", "cosine", "fires_on")
+SURVEYED = ("after", "feature", "cosine", "first", "random", "together", "encoder", "decoder", "hit")
 
 
 def _layers(study: Study) -> Layers:
@@ -65,12 +66,11 @@ def survey(study: Study) -> pd.DataFrame:
     def make(out: Path, _: Path) -> None:
         found = _layers(study)
         rows = [one(found, after, feature) for after in cases.layers(study)[1:] for feature in _drawn(study, found, after)]
-        columns = ["after", "feature", "cosine", "first", "random", "together", "encoder", "decoder", "hit"]
-        pd.DataFrame(rows, columns=columns).to_json(out / "survey.json", orient="records")
+        pd.DataFrame(rows).to_json(out / "survey.json", orient="records")
 
     config = _sizes(study) | {"surveyed": study.profile.deep.surveyed}
     artefact = study.store.stage("case_survey", config, make, inputs=cases.inputs(study))
-    return pd.read_json(artefact.path / "survey.json", orient="records")
+    return pd.read_json(artefact.path / "survey.json", orient="records").reindex(columns=SURVEYED)
 
 
 def _drawn(study: Study, found: Layers, after: int) -> Sequence[int]:

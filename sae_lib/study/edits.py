@@ -25,8 +25,8 @@ def rank_one(study: Study, case: str, unit: Unit) -> pd.DataFrame:
     token), collateral (KL where the feature is inactive), spared (KL where it is active though not wanted), norm (of the edit, a
     token), each with _low and _high; untouched: share of tokens that the edit leaves exactly as they are.
     """
-    config = cases.draws(study) | {"contexts": study.profile.deep.case_contexts, "case": case, "unit": unit._asdict(),
-                                   "edits": EDITS}
+    config = cases.draws(study) | {"contexts": study.profile.deep.case_contexts, "text": study.profile.deep.case_text,
+                                   "case": case, "unit": unit._asdict(), "edits": EDITS}
 
     def make(out: Path, _: Path) -> None:
         _compare_edits(study, case, unit).to_json(out / "edits.json", orient="records")
@@ -46,7 +46,7 @@ def _wanted(study: Study, case: str, text: Text) -> tuple[np.ndarray, np.ndarray
 
 def _compare_edits(study: Study, case: str, unit: Unit) -> pd.DataFrame:
     model, sae = deep.transformer(study).model, deep.dictionary(study, unit.after).model
-    fitted, text, n = study.held_out("validation"), study.held_out("test", whole=True), cases.draws(study)
+    fitted, text, n = study.held_out("validation"), cases.test_text(study), cases.draws(study)
     acts = torch.cat([residual.activations(model, part.long(), unit.after) for part in
                       fitted.contexts.split(features.BATCH_CONTEXTS)]).flatten(0, 1)
     mean, direction, dimension = acts.mean(0), sae.W_dec[unit.number], cases.most_read(study, unit.after, unit.number)

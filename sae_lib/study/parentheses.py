@@ -46,7 +46,7 @@ def parenthesis(study: Study) -> Parenthesis:
     after = cases.layers(study)[-1]
 
     def make(out: Path, _: Path) -> None:
-        closes, text = punctuation.closing(study.vocabulary), study.held_out("test", whole=True)
+        closes, text = punctuation.closing(study.vocabulary), cases.test_text(study)
         ranked, searched = _by_weights(study, after, closes), study.held_out("validation")
         dimension = cases.best_dimension(study, after, truths_of(study, searched, closes)[1], searched)
         chosen = [Unit(after, int(number)) for number in ranked.number] + [dimension]
@@ -62,8 +62,9 @@ def parenthesis(study: Study) -> Parenthesis:
         (out / "base.json").write_text(json.dumps({"open": float(opened.mean()), "closed next": float(about.mean()),
                                                    "maximum": maximum}))
 
-    config = cases.draws(study) | {"contexts": study.profile.held_out_contexts, "places": study.profile.deep.case_places,
-                                   "levels": cases.LEVELS, "top": TOP, "common": COMMON, "candidates": CANDIDATES}
+    config = cases.draws(study) | {"contexts": study.profile.held_out_contexts, "text": study.profile.deep.case_text,
+                                   "places": study.profile.deep.case_places, "levels": cases.LEVELS, "top": TOP,
+                                   "common": COMMON, "candidates": CANDIDATES}
     artefact = study.store.stage("case_parenthesis", config, make, inputs=cases.inputs(study))
     read = lambda name: pd.read_json(artefact.path / f"{name}.json", orient="records")
     return Parenthesis(read("units"), read("levels"), read("effect"), json.loads((artefact.path / "base.json").read_text()))
