@@ -74,7 +74,9 @@ def test_apostrophes(study, punctuated):
     own = found.kinds[[*apostrophes.KINDS, "other"]]
     np.testing.assert_allclose(own.dropna().sum(axis=1), 1, atol=1e-5)
     assert (found.kinds.tokens > 0).tolist()[:2] == [punctuated] * 2
-    assert found.effect.change.notna().any() == (found.scale["places"] > 0)
+    assert found.effect.probability.notna().any() == (found.scale["places"] > 0)
+    changes = found.effect.groupby("role")[["logit", "probability"]].sum()
+    np.testing.assert_allclose(changes, 0, atol=0.05)  # a change that all tokens share is left out; probabilities add up to 1
     if not punctuated:
         assert not found.units.share.any() and found.scale["places"] == 0
     panels = {role: part for role, part in found.levels.groupby("role")}

@@ -40,7 +40,7 @@ from sae_lib.study.case_figures import finite, spell
 from sae_lib.study.cases import Unit
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
-row, last = run.scorecard.row, cases.layers(run)[-1]
+row, last, words = run.scorecard.row, cases.layers(run)[-1], deep.vocabulary(run)
 
 # %% [markdown]
 # ## 1 · A dictionary after each layer
@@ -89,14 +89,14 @@ for after, r in times.iterrows():
 # %% tags=["slow"]
 found = apostrophes.apostrophe(run)
 print(apostrophes.PROBE)
-found.probe.assign(fires_on=[spell(tokens, run.vocabulary) for tokens in found.probe.fires_on]).round(2)
+found.probe.assign(fires_on=[spell(tokens, words) for tokens in found.probe.fires_on]).round(2)
 
 # %% [markdown]
 # A sentence finds what is active *there*; the paper's own first two hits were something else. The second search asks for the feature
 # that correlates best with the ground truth over validation text, at each layer. From here on everything is measured on test text.
 #
-# **Predict.** Then we take it out of the stream at all positions, in contexts where it is active on an apostrophe. Which logits fall?
-# In a corpus of code and documentation, which words have *'s*, and which *'t*?
+# **Predict.** Then we take it out of the stream at all positions, in contexts where it is active on an apostrophe. Which tokens does
+# the model then expect less? In code and documentation, which words have *'s*, and which *'t*?
 
 # %%
 best, dims = found.best, found.units[found.units.role == "dimension it reads most"].set_index("after")
@@ -104,9 +104,9 @@ dim = dims.loc[best.after]
 name, other = f"feature {best.number} after layer {best.after}", f"dimension {dim.number} of the stream there"
 panels = {name: found.levels[found.levels.role == "feature"], other: found.levels[found.levels.role == "dimension it reads most"]}
 study.show(case_figures.levels_figure(panels), "12-apostrophe-levels",
-           claim=f"{best.share:.0%} of the activation of {name} is on apostrophes in words, {best.wider:.0%} on any such sign; of {other} {dim.share:.1%}",
-           alt=f"Bars of the share of active tokens that are apostrophes, the same sign elsewhere, or anything else, by level of activation. Left {name}: {best.share:.1%} "
-               f"of its activation is on apostrophes. Right {other}, the number it reads most: {dim.share:.1%}.")
+           claim=f"Where {name} is strong, {best.strong_wider:.0%} are the sign and {best.strong:.0%} apostrophes in words; of {other} {dim.strong_wider:.1%}",
+           alt=f"Bars of the share of active tokens that are apostrophes, the same sign elsewhere, or anything else, by level of activation. Left {name}: of all its "
+               f"activation {best.wider:.0%} is on the sign and {best.share:.0%} on apostrophes. Right {other}, the number it reads most: {dim.wider:.1%} and {dim.share:.1%}.")
 top = found.units[found.units.role == "feature"].set_index("after")
 fair = found.units[found.units.role == "best dimension"].set_index("after")
 told = "; ".join(f"after layer {a} {top.pearson[a]:.2f} against {fair.pearson[a]:.2f}" for a in top.index)
@@ -116,12 +116,13 @@ study.show(case_figures.units_figure(found.units), "12-apostrophe-units", claim=
 
 # %%
 effect = found.effect.set_index(["role", "token"])
-s = effect.loc["feature"].loc[effect.loc["feature"].low.notna()].iloc[0] if effect.low.notna().any() else pd.Series({"change": np.nan, "low": np.nan, "high": np.nan})
-rank = found.scale["feature"]
-study.show(case_figures.lowered_figure(found.effect, run.vocabulary), "12-apostrophe-effect",
-           claim=f"Ablating {name} lowers the logit of 's' by {-s.change:.2f}: number {rank:,} of {len(run.vocabulary):,} tokens",
-           alt=f"Two panels of the tokens whose logits fall most, mean over {found.scale['places']} apostrophes: with the feature ablated 's' is number {rank}; with the "
-               f"dimension it reads most set to its mean 's' is number {found.scale['dimension it reads most']}.")
+letter = max(i for i, word in enumerate(words) if word == b"s")
+s, scale = effect.loc["feature", letter], found.scale
+rank = {by: scale[f"feature {by}"] for by in ("probability", "logit")}
+study.show(case_figures.lowered_figure(found.effect, words), "12-apostrophe-effect",
+           claim=f"Ablating {name} takes {-s.probability:.1%} from the probability of 's', {scale['probability of s']:.1%} as it is: number {rank['probability']:,.0f} of {len(words):,} tokens",
+           alt=f"Two panels of the tokens whose probability falls most, mean over {scale['places']:.0f} apostrophes: with the feature ablated 's' is number {rank['probability']:.0f}; "
+               f"with the dimension it reads most set to its mean 's' is number {scale['dimension it reads most probability']:.0f}.")
 
 # %% [markdown]
 # The paper has three apostrophe features: for *'s*, for *'ll* and for *'t*. So we search for each kind of apostrophe, told by what
@@ -135,22 +136,25 @@ study.show(case_figures.kinds_figure(found.kinds, kinds), "12-apostrophe-kinds",
            claim=f"The searches for {len(kinds)} kinds of apostrophe end at {len(units)} feature{'s' * (len(units) != 1)}; at {int((own >= 0.5).sum())} of them most activation is on that kind",
            alt="A table in colours: for the best feature for each kind of apostrophe the share of its activation on each kind. "
                + "; ".join(f"{r.kind}: feature {r.feature} after layer {r.after}, correlation {r.pearson:.2f}" for r in found.kinds.itertuples()) + ".")
-
-# %%
-share, of_dim, change = (finite(*values) for values in (best[["share", "share_low", "share_high"]], dim[["share", "share_low", "share_high"]], (s.change, s.low, s.high)))
-clear = None not in share + of_dim
-said = f"{name}, chosen on validation text; {best.wider:.0%} on any token with the sign, sensitivity {best.sensitivity:.0%}; interval over documents"
-row("12.apostrophe.share", claim="Share of the apostrophe feature's activation that is on apostrophes in words: nearly all", paper="figure only", paper_source="5 (apostrophe feature)",
-    ours=share[0], low=share[1], high=share[2], seeds=1, verdict="not" if not clear or share[0] < 0.5 else "reproduced" if share[1] >= 0.9 else "partly", caveat=said)
-row("12.apostrophe.dimension", claim="The same share of the dimension of the stream that it reads most: hardly any", paper="figure only", paper_source="5 (residual dimension 21)",
-    ours=of_dim[0], low=of_dim[1], high=of_dim[2], seeds=1, verdict="reproduced" if clear and of_dim[2] < share[1] / 4 else "partly" if clear and of_dim[2] < share[1] else "not",
-    caveat=f"{other}, activation above or below its mean; the best dimension of all correlates {fair.pearson[best.after]:.2f} with apostrophes, the feature {best.pearson:.2f}")
-row("12.apostrophe.s_logit", claim="Ablating the apostrophe feature mainly lowers the logit of 's': mean change", paper="figure only", paper_source="5 (apostrophe feature)",
-    ours=change[0], low=change[1], high=change[2], seeds=1, verdict="not" if None in change or change[2] >= 0 else "reproduced" if rank <= 3 else "partly",
-    caveat=f"'s' is number {rank:,} of the lowered tokens, over {found.scale['places']} apostrophes; interval over documents; reproduced: among the first three")
 row("12.apostrophe.kinds", claim="Features of their own for 's, n't and the other endings: how many kinds have one", paper=3, paper_source="5 (two other apostrophe features)",
     ours=int((own >= 0.5).sum()), low=None, high=None, seeds=1, verdict="reproduced" if (own >= 0.5).all() and len(units) == 3 else "partly" if (own >= 0.5).sum() > 1 else "not",
     caveat="its own: at least half of the activation is on that kind; shares " + ", ".join(f"{kind} {value:.0%}" for kind, value in zip(kinds, own, strict=True)))
+
+# %%
+ends = lambda unit, measure: finite(*unit[[measure, f"{measure}_low", f"{measure}_high"]])
+sign, share, of_dim, change = ends(best, "strong_wider"), ends(best, "strong"), ends(dim, "strong_wider"), finite(s.logit, s.logit_low, s.logit_high)
+nearly = lambda found: "not" if None in found or found[0] < 0.5 else "reproduced" if found[1] >= 0.9 else "partly"
+clear, mainly = None not in sign + of_dim and of_dim[2] < sign[1], None not in change and change[2] < 0
+for which, claim, ours, verdict, caveat in (
+        ("sign", "Share of the apostrophe feature's strong activations (above half of the maximum) that is on the sign, be it apostrophe or quotation mark: nearly all", sign, nearly(sign),
+         f"{name}, chosen on validation text; of all its activation {best.wider:.0%} on the sign, {best.share:.0%} on apostrophes in words; correlation {best.pearson:.2f}, sensitivity {best.sensitivity:.0%}"),
+        ("share", "Share of its strong activations that is on apostrophes in words: nearly all", share, nearly(share), "told from quotation marks by the letters on either side"),
+        ("dimension", "Share on the sign of the strong activations of the dimension that it reads most: hardly any", of_dim, "not" if not clear else "reproduced" if of_dim[2] < sign[1] / 4 else "partly",
+         f"{other}, above or below its mean; the best dimension of all correlates {fair.pearson[best.after]:.2f} with apostrophes in words"),
+        ("s_logit", "Ablating the apostrophe feature mainly lowers the logit of 's': mean change", change, "not" if not mainly else "reproduced" if rank["logit"] <= 3 else "partly",
+         f"beyond the mean logit's; number {rank['logit']:,.0f} by logit, {rank['probability']:,.0f} by probability ({s.probability:+.1%} of {scale['probability of s']:.1%}); reproduced: among the first 3 by logit")):
+    row(f"12.apostrophe.{which}", claim=claim, paper="figure only", paper_source="5 (apostrophe feature, residual dimension 21)", ours=ours[0], low=ours[1], high=ours[2], seeds=1,
+        verdict=verdict, caveat=f"{caveat}; interval over documents")
 
 # %% [markdown]
 # ## 3 · A closing-parenthesis feature
@@ -165,7 +169,7 @@ row("12.apostrophe.kinds", claim="Features of their own for 's, n't and the othe
 # %% tags=["slow"]
 closing = parentheses.parenthesis(run)
 shown = ["number", "sign", "closing", "active", "pearson", "share", "wider", "sensitivity"]
-closing.units[shown].assign(raises=[spell(tokens, run.vocabulary, 10) for tokens in closing.units.raises]).rename(
+closing.units[shown].assign(raises=[spell(tokens, words, 10) for tokens in closing.units.raises]).rename(
     columns={"share": "share: closed next", "wider": "share: open", "closing": "closing of 10 raised"}).round(2)
 
 # %%
@@ -196,7 +200,7 @@ study.show(case_figures.probability_figure(closing.effect, parentheses.PINNED_AT
 wide, down, up = (finite(*values) for values in (first[["wider", "wider_low", "wider_high"]], active.loc["ablated: change"], silent.loc["held at its maximum: change"]))
 row("12.parenthesis.raises", claim="Of the ten tokens that the feature raises most, those that close a parenthesis", paper="no number", paper_source="App. D (feature 5_2027 unembeds to variants of ')')",
     ours=first.closing, low=None, high=None, seeds=1, verdict="reproduced" if first.closing >= 8 else "partly" if first.closing >= 4 else "not",
-    caveat=f"feature {first.number} after layer {last}, chosen by these weights; {spell(first.raises, run.vocabulary, 10)}")
+    caveat=f"feature {first.number} after layer {last}, chosen by these weights; {spell(first.raises, words, 10)}")
 row("12.parenthesis.open", claim="Share of its activation where a parenthesis is open", paper=None, paper_source="", ours=wide[0], low=wide[1], high=wide[2], seeds=1,
     verdict="not" if None in wide or wide[1] <= base["open"] else "reproduced" if wide[1] >= 0.9 else "partly",
     caveat=f"{base['open']:.0%} of all tokens; {first.share:.0%} where it is closed next ({base['closed next']:.1%} of all tokens), sensitivity {first.sensitivity:.0%}; correlation {first.pearson:.2f}, "
@@ -214,7 +218,14 @@ row("12.parenthesis.pin", claim="Change of the probability of closing when it is
 #
 # How far is that? The feature's activation is relu(w · (x − b) + c). Each step along its direction d lowers what is inside by w · d.
 # So from an activation f the end is at f / (w · d) steps. In the paper's tied dictionaries w = d, and this is the same as to subtract
-# the feature's part f d; in ours it is not. **Check yourself**:
+# the feature's part f d; in ours it is not. **Check yourself** in the next cell.
+#
+# *Rank one* means: everywhere in the text the component along a direction is set to its mean. Beside the feature's direction we take
+# LEACE's, the smallest edit after which no linear probe finds the concept, and a random direction. What an edit is *for* is measured
+# where the model should go on with "s", or close the parenthesis; what it *breaks*, where the feature is not active.
+#
+# **Predict.** Which edits leave all other tokens exactly alone, after the last layer? And after an earlier one, whose outputs later
+# positions read?
 
 # %%
 unit = Unit(int(best.after), int(best.number))
@@ -227,14 +238,6 @@ assert torch.equal(stopped[f[:, 0] == 0], x[f[:, 0] == 0]), "where the feature i
 assert torch.allclose(stopped, erasure.silence(sae, unit.number)(x), atol=1e-4), "not what the library does"
 left = float(sae.encode(effects.pin(sae, unit.number, 0.0)(x), [unit.number]).sum() / f.sum()) if f.any() else np.nan
 print(f"w · d = {w_d:.2f}: subtracting the feature's part leaves {left:.0%} of its activation, moving back until it stops {float(sae.encode(stopped, [unit.number]).sum()):.1g}")
-
-# %% [markdown]
-# Rank one means: everywhere in the text the component along a direction is set to its mean. Beside the feature's direction we take
-# LEACE's, the smallest edit after which no linear probe finds the concept, and a random direction. What an edit is *for* is measured
-# where the model should go on with "s", or close the parenthesis; what it *breaks*, where the feature is not active.
-#
-# **Predict.** Which edits leave all other tokens exactly alone, after the last layer? And after an earlier one, whose outputs later
-# positions read?
 
 # %% tags=["slow"]
 of_case = {"apostrophe": unit, "parenthesis": Unit(last, int(first.number))}
@@ -281,7 +284,7 @@ for case, tree in trees.items():
     own = tree[tree.parent == 0]
     summary[case] = {kind: own[own.kind == kind].reset_index(drop=True) for kind in ("cause", "random", "together")}
     told = f"its greatest cause takes {own.value.iloc[0]:.0%} of it, the first {len(summary[case]['cause'])} together {summary[case]['together'].value[0]:.0%}" if len(own) else "too rare for a tree"
-    study.show(case_figures.tree_figure(tree, run.vocabulary), f"12-tree-{case}", claim=f"The {case} feature {roots[case].number} after layer {last}: {told}",
+    study.show(case_figures.tree_figure(tree, words), f"12-tree-{case}", claim=f"The {case} feature {roots[case].number} after layer {last}: {told}",
                alt=f"A tree from right to left: the target, its causes a layer before, and theirs, each with the tokens it fires on; {told}. "
                    + "; ".join(f"feature {r.feature} {r.value:.0%}" for r in (summary[case]["cause"].itertuples())) + ".")
 

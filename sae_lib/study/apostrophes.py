@@ -34,17 +34,19 @@ class Apostrophe(NamedTuple):
     units: pd.DataFrame
     """A row a unit and layer. after, number, sign; role: "feature" (best on validation text), "best dimension" or "dimension it
     reads most"; chosen_by: validation correlation of the feature; active; and pearson, share, wider (of any token with the sign),
-    sensitivity, each with _low and _high, on `cases.test_text`."""
+    strong, strong_wider, sensitivity (`cases.measured`), each with _low and _high, on `cases.test_text`."""
     levels: pd.DataFrame
     """Of the best feature and the dimension it reads most: role, truth, level, width, tokens, weight."""
     kinds: pd.DataFrame
     """The best feature for each of KINDS: kind, after, feature, pearson (test), and the share of its activation on apostrophes
     of each kind, as columns named like the kinds, and "other"."""
     effect: pd.DataFrame
-    """What ablating does where the best feature is active on an apostrophe: role ("feature" or "dimension it reads most"), token,
-    change (mean change of its logit), and of "s" and "t" low and high."""
-    scale: dict[str, int]
-    """places, and the rank of "s" among the lowered tokens by role."""
+    """What ablating does where the best feature is active on an apostrophe: role (one of ABLATED), token, logit (mean change of
+    its logit, beyond that of the mean token: a change of all alike changes nothing), probability (mean change of its
+    probability), and for "s" and "t" low and high, of the probability, and logit_low and logit_high."""
+    scale: dict[str, float]
+    """places; by role the rank of "s" among the tokens whose logit falls ("... logit") and whose probability falls ("...
+    probability"); and the probability of "s" as it is."""
 
     @property
     def best(self) -> pd.Series:
@@ -55,13 +57,13 @@ class Apostrophe(NamedTuple):
 
 def _token(study: Study, text: str) -> int:
     """The last of the tokens that spell a text: byte-level vocabularies have single characters twice."""
-    return max(i for i, token in enumerate(study.vocabulary) if token == text.encode())
+    return max(i for i, token in enumerate(deep.vocabulary(study)) if token == text.encode())
 
 
 def _probe(study: Study) -> pd.DataFrame:
     tokens, rows = study.tokens.tokenizer.encode(PROBE).ids[-study.profile.tokens.n_ctx:], []
     text, model = study.held_out("test"), deep.transformer(study).model
-    truth = flat(torch.from_numpy(punctuation.apostrophes(text.contexts, study.vocabulary)))
+    truth = flat(torch.from_numpy(punctuation.apostrophes(text.contexts, deep.vocabulary(study))))
     for after in cases.layers(study):
         acts = residual.activations(model, torch.tensor([tokens]), after)[0, -1]
         found, units = deep.dictionary(study, after).model.encode(acts), cases.table(study, after, "test")
@@ -78,12 +80,12 @@ def apostrophe(study: Study) -> Apostrophe:
     """Search for apostrophe features, by the paper's sentence and by correlation, and measure them."""
     def make(out: Path, _: Path) -> None:
         texts = study.held_out("validation"), cases.test_text(study)
-        truths = [punctuation.apostrophes(text.contexts, study.vocabulary) for text in texts]
-        kinds = [{kind: truth & punctuation.followed_by(text.contexts, study.vocabulary, texts_after)
+        truths = [punctuation.apostrophes(text.contexts, deep.vocabulary(study)) for text in texts]
+        kinds = [{kind: truth & punctuation.followed_by(text.contexts, deep.vocabulary(study), texts_after)
                   for kind, texts_after in KINDS.items()} for text, truth in zip(texts, truths, strict=True)]
         searched = {after: _search(study, after, texts[0], truths[0], kinds[0]) for after in cases.layers(study)}
         units = {after: cases.read(study, found.units, texts[1]) for after, found in searched.items()}
-        signs = punctuation.has_sign(study.vocabulary)[flat(texts[1].contexts)]
+        signs = punctuation.has_sign(deep.vocabulary(study))[flat(texts[1].contexts)]
         measured = pd.concat([_measured(study, found, units[after], texts[1], truths[1], signs)
                               for after, found in searched.items()], ignore_index=True)
         after = int(measured.after[measured[measured.role == "feature"].chosen_by.idxmax()])
@@ -97,7 +99,8 @@ def apostrophe(study: Study) -> Apostrophe:
             found.to_json(out / f"{name}.json", orient="records", double_precision=6)
         (out / "scale.json").write_text(json.dumps(scale))
 
-    config = cases.draws(study) | {"contexts": study.profile.held_out_contexts, "text": study.profile.deep.case_text,
+    config = cases.draws(study) | {"effect": ["logit", "probability"], "strong": True,
+                                   "contexts": study.profile.held_out_contexts, "text": study.profile.deep.case_text,
                                    "places": study.profile.deep.case_places, "probe": PROBE, "kinds": KINDS,
                                    "levels": cases.LEVELS}
     artefact = study.store.stage("case_apostrophe", config, make, inputs=cases.inputs(study))
@@ -154,23 +157,27 @@ def _kinds(study: Study, chosen: dict[int, dict[str, tuple[Unit, float]]], units
 
 
 def _effect(study: Study, roles: dict[str, Unit], units: cases.Read, text: Text,
-            truth: np.ndarray) -> tuple[pd.DataFrame, dict[str, int]]:
+            truth: np.ndarray) -> tuple[pd.DataFrame, dict[str, float]]:
     """Mean change of every logit where the feature is active on apostrophes, if it, or a dimension, is ablated."""
     unit = roles["feature"]
     model, sae = deep.transformer(study).model, deep.dictionary(study, unit.after).model
     where = units.column(unit).tokens
     places = cases.some_places(study, where[truth[where]], "apostrophe places")
-    documents, scale, tables = flat(text.documents)[places], {"places": len(places)}, []
+    documents, scale, tables = flat(text.documents)[places], {"places": float(len(places))}, []
     mean, said = cases.mean_of_stream(study, unit.after), [_token(study, "s"), _token(study, "t")]
     axis = torch.eye(len(mean))[roles["dimension it reads most"].number]
     for role, edit in zip(ABLATED, (effects.pin(sae, unit.number, 0.0), erasure.project_out(axis, mean)), strict=True):
         found = cases.shift(study, text, unit.after, edit, places)
-        change = (found.edited - found.clean).numpy()
-        average = change.mean(0) if len(places) else np.full(model.cfg.d_vocab, math.nan)
-        rows = pd.DataFrame({"role": role, "token": range(len(average)), "change": average, "low": math.nan, "high": math.nan})
-        for token in said:
-            value = cases.mean_of(change[:, token], documents, cases.draws(study))
-            rows.loc[token, ["low", "high"]] = value.low, value.high
-        scale[role] = int((average < average[said[0]]).sum() + 1)
+        change = {"logit": found.edited - found.clean, "probability": found.edited.softmax(1) - found.clean.softmax(1)}
+        change["logit"] -= change["logit"].mean(1, keepdim=True)
+        average = {name: values.numpy().mean(0) if len(places) else np.full(model.cfg.d_vocab, math.nan)
+                   for name, values in change.items()}
+        rows = pd.DataFrame({"role": role, "token": range(model.cfg.d_vocab), **average})
+        for name, end in (("logit", "logit_"), ("probability", "")):
+            scale[f"{role} {name}"] = float((average[name] < average[name][said[0]]).sum() + 1)
+            for token in said:
+                value = cases.mean_of(change[name][:, token].numpy(), documents, cases.draws(study))
+                rows.loc[token, [f"{end}low", f"{end}high"]] = value.low, value.high
+        scale["probability of s"] = float(found.clean.softmax(1)[:, said[0]].mean()) if len(places) else math.nan
         tables.append(rows)
     return pd.concat(tables, ignore_index=True), scale

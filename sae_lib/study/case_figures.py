@@ -90,19 +90,21 @@ def units_figure(table: pd.DataFrame) -> go.Figure:
 
 
 def lowered_figure(table: pd.DataFrame, vocabulary: Sequence[bytes], k: int = 12) -> go.Figure:
-    """A panel a role: the k tokens whose logits fall most, with the intervals that are known. `table`: `Apostrophe.effect`."""
+    """A panel a role: the k tokens whose probability falls most, with the intervals that are known. `table`: `Apostrophe.effect`.
+    """
     roles = list(table.role.unique())
     fig = make_subplots(cols=len(roles), horizontal_spacing=0.16, subplot_titles=[f"ablated: the {role}" for role in roles])
     for col, role in enumerate(roles, start=1):
-        part = table[table.role == role].nsmallest(k, "change") if table.change.notna().any() else table[:0]
+        part = table[table.role == role].nsmallest(k, "probability") if table.probability.notna().any() else table[:0]
         names = [f"{token_list([vocabulary[t]], spell=spelled)} " for t in part.token]
-        high, low = (part.high - part.change).fillna(0), (part.change - part.low).fillna(0)
-        fig.add_bar(x=part.change, y=np.arange(len(part)), orientation="h", row=1, col=col, marker={"color": COLOURS[col - 1]},
+        high, low = (part.high - part.probability).fillna(0), (part.probability - part.low).fillna(0)
+        fig.add_bar(x=part.probability, y=np.arange(len(part)), orientation="h", row=1, col=col,
+                    marker={"color": COLOURS[col - 1]},
                     error_x={"array": high, "arrayminus": low, "thickness": 1.2}, showlegend=False)
         fig.update_yaxes(tickvals=np.arange(len(part)), ticktext=names, autorange="reversed", row=1, col=col)
-    if table.change.isna().all():
+    if table.probability.isna().all():
         fig.add_scatter(x=[0], y=[0], mode="text", text=["the feature is on no apostrophe here"], showlegend=False)
-    fig.update_xaxes(title="change of the logit", matches="x")
+    fig.update_xaxes(title="change of the probability", tickformat="+.1%", matches="x")
     return fig.update_layout(width=1000, height=470)
 
 

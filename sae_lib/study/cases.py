@@ -22,6 +22,7 @@ from sae_lib.evaluate import LabelCorrelations, Text, held_out_pass, mean_activa
 from sae_lib.metrics import Interval, bootstrap_interval
 from sae_lib.residual import ResidualEdit
 from sae_lib.seeds import numpy_generator
+from sae_lib.splitting import strong
 from sae_lib.study import deep
 from sae_lib.study.artefacts import Artefact
 from sae_lib.study.pipeline import Study
@@ -131,7 +132,7 @@ def encoder(study: Study, units: Sequence[Unit]) -> Callable[[Tensor], Tensor]:
 def best_dimension(study: Study, after: int, target: Bool[np.ndarray, "n_contexts n_ctx"], text: Text) -> Unit:
     """Of all half dimensions the one that correlates best with a target in a text."""
     model = deep.transformer(study).model
-    mean, d_model = mean_activation(model, text, after), model.cfg.d_model
+    mean, d_model = mean_of_stream(study, after), model.cfg.d_model
     found, label = LabelCorrelations(2 * d_model, 2), torch.from_numpy(target)
     for tokens, wanted in zip(text.contexts.split(features.BATCH_CONTEXTS), label.split(features.BATCH_CONTEXTS), strict=True):
         acts = residual.activations(model, tokens.long(), after).flatten(0, 1) - mean
@@ -167,12 +168,18 @@ def read(study: Study, units: Sequence[Unit], text: Text) -> Read:
 
 
 def measured(study: Study, units: Read, text: Text, target: np.ndarray, wider: np.ndarray) -> pd.DataFrame:
-    """Each unit against a target (and a wider one) on a text: a row a unit."""
+    """Each unit against a target (and a wider one) on a text: a row a unit.
+
+    share, wider: of its activation; strong, strong_wider: of its tokens above half of its maximum.
+    """
     documents, n, rows, found = flat(text.documents), draws(study), [], units.table
+    strongly = strong(found)
     for i, unit in enumerate(units.units):
         numbers = {"pearson": features.pearson_interval(found, i, target, documents, **n),
                    "share": features.specificity(found, i, target, documents, weighted=True, **n),
                    "wider": features.specificity(found, i, wider, documents, weighted=True, **n),
+                   "strong": features.specificity(strongly, i, target, documents, **n),
+                   "strong_wider": features.specificity(strongly, i, wider, documents, **n),
                    "sensitivity": features.sensitivity(found, i, target, documents, **n)}
         rows.append(unit._asdict() | {"active": int(found.indptr[i + 1] - found.indptr[i])}
                     | {f"{name}{end}": getattr(value, field) for name, value in numbers.items()

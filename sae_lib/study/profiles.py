@@ -39,7 +39,7 @@ class DeepSizes:
     dictionary: TrainConfig = TrainConfig(n_activations=4_000_000, batch_size=2048, l1_coefficient=2.0, lr=1e-3, lr_warmup=0.01,
                                           lr_decay=0.4, birth_density=0.005, resample_inputs=131_072)
     expansion: int = 8  # features per dimension of the residual stream
-    case_text: int = 3072  # contexts of test text in which the chosen features are measured
+    case_text: int = 2048  # contexts of test text in which the chosen features are measured
     case_contexts: int = 96  # contexts with what a feature is for, in which edits are compared
     case_places: int = 400  # tokens at which effects on the logits are averaged
     tree_branches: tuple[int, ...] = (4, 3)  # causes that are drawn of the target, and of each of these
