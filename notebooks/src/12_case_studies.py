@@ -40,7 +40,7 @@ from sae_lib.study.case_figures import finite, spell
 from sae_lib.study.cases import Unit
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
-row, last, words = run.scorecard.row, cases.layers(run)[-1], deep.vocabulary(run)
+row, last, words = run.scorecard.row, cases.layers(run)[-1], run.vocabulary
 
 # %% [markdown]
 # ## 1 · A dictionary after each layer

@@ -57,13 +57,13 @@ class Apostrophe(NamedTuple):
 
 def _token(study: Study, text: str) -> int:
     """The last of the tokens that spell a text: byte-level vocabularies have single characters twice."""
-    return max(i for i, token in enumerate(deep.vocabulary(study)) if token == text.encode())
+    return max(i for i, token in enumerate(study.vocabulary) if token == text.encode())
 
 
 def _probe(study: Study) -> pd.DataFrame:
     tokens, rows = study.tokens.tokenizer.encode(PROBE).ids[-study.profile.tokens.n_ctx:], []
     text, model = study.held_out("test"), deep.transformer(study).model
-    truth = flat(torch.from_numpy(punctuation.apostrophes(text.contexts, deep.vocabulary(study))))
+    truth = flat(torch.from_numpy(punctuation.apostrophes(text.contexts, study.vocabulary)))
     for after in cases.layers(study):
         acts = residual.activations(model, torch.tensor([tokens]), after)[0, -1]
         found, units = deep.dictionary(study, after).model.encode(acts), cases.table(study, after, "test")
@@ -80,12 +80,12 @@ def apostrophe(study: Study) -> Apostrophe:
     """Search for apostrophe features, by the paper's sentence and by correlation, and measure them."""
     def make(out: Path, _: Path) -> None:
         texts = study.held_out("validation"), cases.test_text(study)
-        truths = [punctuation.apostrophes(text.contexts, deep.vocabulary(study)) for text in texts]
-        kinds = [{kind: truth & punctuation.followed_by(text.contexts, deep.vocabulary(study), texts_after)
+        truths = [punctuation.apostrophes(text.contexts, study.vocabulary) for text in texts]
+        kinds = [{kind: truth & punctuation.followed_by(text.contexts, study.vocabulary, texts_after)
                   for kind, texts_after in KINDS.items()} for text, truth in zip(texts, truths, strict=True)]
         searched = {after: _search(study, after, texts[0], truths[0], kinds[0]) for after in cases.layers(study)}
         units = {after: cases.read(study, found.units, texts[1]) for after, found in searched.items()}
-        signs = punctuation.has_sign(deep.vocabulary(study))[flat(texts[1].contexts)]
+        signs = punctuation.has_sign(study.vocabulary)[flat(texts[1].contexts)]
         measured = pd.concat([_measured(study, found, units[after], texts[1], truths[1], signs)
                               for after, found in searched.items()], ignore_index=True)
         after = int(measured.after[measured[measured.role == "feature"].chosen_by.idxmax()])

@@ -17,11 +17,6 @@ from sae_lib.train import train_sae
 from sae_lib.transformer import TransformerConfig, load_transformer, save_transformer
 
 
-def vocabulary(study: Study) -> list[bytes]:
-    """The bytes of every token of the model, by id."""
-    return study.vocabulary
-
-
 def contexts(study: Study) -> Tensor:
     """What the model, and dictionaries on it, are trained on: int32 [n_contexts, n_ctx]."""
     return study.contexts("train")

@@ -38,9 +38,9 @@ def rank_one(study: Study, case: str, unit: Unit) -> pd.DataFrame:
 def _wanted(study: Study, case: str, text: Text) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of the concept; those of them at which what rightly follows is what the feature is for."""
     if case == "apostrophe":
-        concept = punctuation.apostrophes(text.contexts, deep.vocabulary(study))
-        return concept, concept & punctuation.followed_by(text.contexts, deep.vocabulary(study), ["s"])
-    _, about = truths_of(study, text, punctuation.closing(deep.vocabulary(study)))
+        concept = punctuation.apostrophes(text.contexts, study.vocabulary)
+        return concept, concept & punctuation.followed_by(text.contexts, study.vocabulary, ["s"])
+    _, about = truths_of(study, text, punctuation.closing(study.vocabulary))
     return about, about
 
 

@@ -47,7 +47,7 @@ def parenthesis(study: Study) -> Parenthesis:
     after = cases.layers(study)[-1]
 
     def make(out: Path, _: Path) -> None:
-        closes, text = punctuation.closing(deep.vocabulary(study)), cases.test_text(study)
+        closes, text = punctuation.closing(study.vocabulary), cases.test_text(study)
         ranked, searched = _by_weights(study, after, closes), study.held_out("validation")
         dimension = cases.best_dimension(study, after, truths_of(study, searched, closes)[1], searched)
         chosen = [Unit(after, int(number)) for number in ranked.number] + [dimension]
@@ -74,7 +74,7 @@ def parenthesis(study: Study) -> Parenthesis:
 
 def truths_of(study: Study, text: Text, closes: Bool[np.ndarray, " d_vocab"]) -> tuple[np.ndarray, np.ndarray]:
     """Whether a parenthesis is open after each token; whether it is and the next token closes one."""
-    opened, about = punctuation.depth(text.contexts, deep.vocabulary(study)) > 0, np.zeros(text.contexts.shape, dtype=bool)
+    opened, about = punctuation.depth(text.contexts, study.vocabulary) > 0, np.zeros(text.contexts.shape, dtype=bool)
     about[:, :-1] = opened[:, :-1] & closes[text.contexts.numpy()][:, 1:]
     return opened, about
 
@@ -82,7 +82,7 @@ def truths_of(study: Study, text: Text, closes: Bool[np.ndarray, " d_vocab"]) ->
 def _by_weights(study: Study, after: int, closes: Bool[np.ndarray, " d_vocab"]) -> pd.DataFrame:
     """The features that raise closing tokens most, of those that are common enough."""
     model, sae = deep.transformer(study).model, deep.dictionary(study, after).model
-    used = torch.from_numpy(np.bincount(study.tokens.tokens("train")[:20_000_000], minlength=len(deep.vocabulary(study))) >= SEEN)
+    used = torch.from_numpy(np.bincount(study.tokens.tokens("train")[:20_000_000], minlength=len(study.vocabulary)) >= SEEN)
     used[0] = False  # end-of-text
     weights = effects.logit_weights(model, sae.W_dec, used, of_residual=True)
     scaled = (weights / weights[:, used].std(1, keepdim=True))[:, used & torch.from_numpy(closes)].mean(1)
