@@ -14,8 +14,8 @@ from sae_lib.transformer import TransformerConfig
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    sizes = replace(SMOKE.deep, transformer=TransformerConfig(n_tokens=4096, d_vocab=290, n_ctx=32, n_layers=2, d_model=16, n_heads=2,
-                                                              d_mlp=24, batch_contexts=8),
+    model = TransformerConfig(n_tokens=4096, d_vocab=290, n_ctx=32, n_layers=2, d_model=16, n_heads=2, d_mlp=24, batch_contexts=8)
+    sizes = replace(SMOKE.deep, transformer=model,
                     dictionary=replace(SMOKE.deep.dictionary, n_activations=2560, batch_size=128, resample_inputs=256))
     return tiny_study(tmp_path, monkeypatch, n_ctx=32, deep=sizes)
 
