@@ -109,11 +109,13 @@ def go_on(model: Transformer, resid: Float[Tensor, "batch pos d_model"], after: 
 
 @torch.no_grad()
 def last_after_next(model: Transformer, resid: Float[Tensor, "batch pos d_model"], after: int) -> Float[Tensor, "batch d_model"]:
-    """What `go_on` gives at the last position after one more layer: alone, it is many times faster to have.
+    """What `go_on` gives at the last position after one more layer: of the study's models many times faster to have alone.
 
     Raises StudyError if no layer follows.
     """
     _check(model, after + 1)
+    if not is_own(model):
+        return go_on(model, resid, after, after + 1)[:, -1]
     p, layer = parameters(model), f"layers.{after}"
 
     def heads(name: str, x: Tensor) -> Tensor:

@@ -135,6 +135,9 @@ def test_models_that_were_trained_elsewhere(pretrained, tokens):
         for until in range(after, 4):
             torch.testing.assert_close(residual.go_on(model, resid, after, until), residual.activations(model, tokens, until),
                                        atol=1e-5, rtol=1e-4)
+        if after < 3:
+            torch.testing.assert_close(residual.last_after_next(model, resid, after),
+                                       residual.activations(model, tokens, after + 1)[:, -1], atol=1e-5, rtol=1e-4)
     losses = residual.losses(model, tokens, {"clean": None, "zero": torch.zeros_like}, 2)
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     torch.testing.assert_close(losses["clean"], expected, atol=1e-4, rtol=1e-4)
