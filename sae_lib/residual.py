@@ -3,6 +3,9 @@
 A dictionary reads either the last layer's MLP activations (`after` is None) or the residual stream after so many layers: 0 is
 the sum of embeddings, `n_layers` is what the unembedding reads. Whatever harvests, evaluates or tabulates takes `after` and asks
 here, so that one-layer MLP dictionaries and those between the layers of a deeper model share everything else.
+
+The study's own transformers take the short forward pass of `transformer.py`. Any other model that TransformerLens bridges, such
+as the Pythia models of the paper, goes through the bridge itself, in its own precision and on its own device.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,9 @@ from sae_lib.transformer import (
     Parameters,
     Transformer,
     embed,
+    linear,
     mlp_activations,
+    mlp_post,
     next_token_losses,
     norm,
     parameters,
@@ -27,6 +32,11 @@ from sae_lib.transformer import (
 )
 
 ResidualEdit = Callable[[Tensor], Tensor]
+
+
+def is_own(model: Transformer) -> bool:
+    """Whether a model is one of the study's, or one that was trained elsewhere."""
+    return "tok_embed.weight" in parameters(model)
 
 
 def _check(model: Transformer, after: int) -> None:
@@ -55,14 +65,31 @@ def activations(model: Transformer, tokens: Int[Tensor, "batch pos"], after: int
                 keep: Int[Tensor, "batch kept"] | None = None, p: Parameters | None = None) -> Float[Tensor, "batch kept d_in"]:
     """MLP activations of the last layer (None) or the residual stream after some layers, at the positions `keep` (all if None).
 
-    `p` stands in for the model's own parameters, as in `mlp_activations`. Raises StudyError if there are not so many layers.
+    `p` stands in for the parameters of the study's own models, as in `mlp_activations`. Raises StudyError if there are not so
+    many layers, or if MLP activations are asked of another model.
     """
     if after is None:
+        if not is_own(model):
+            raise StudyError("MLP activations are read from the study's own transformers only; give the number of layers after "
+                             "which to read the residual stream.")
         return mlp_activations(model, tokens, keep, p)
     _check(model, after)
-    p = p or parameters(model)
-    resid = through_layers(p, embed(p, tokens), model.cfg.n_heads, range(after))
+    if is_own(model):
+        p = p or parameters(model)
+        resid = through_layers(p, embed(p, tokens), model.cfg.n_heads, range(after))
+    else:
+        resid = _bridged(model, tokens, None, after)
     return resid if keep is None else resid.gather(1, keep[..., None].expand(-1, -1, resid.shape[-1]))
+
+
+def _bridged(model: Transformer, given: Tensor, start: int | None, stop: int) -> Tensor:
+    """The residual stream after `stop` layers of a bridge, from tokens (start is None) or from that after `start` layers."""
+    if start == stop:
+        return given
+    if stop < model.cfg.n_layers:
+        return model(given, start_at_layer=start, stop_at_layer=stop)
+    name = hook_name(model, stop)  # stopping after the last layer would give logits
+    return model.run_with_cache(given, start_at_layer=start, names_filter=name)[1][name]
 
 
 @torch.no_grad()
@@ -75,12 +102,36 @@ def go_on(model: Transformer, resid: Float[Tensor, "batch pos d_model"], after: 
     until = model.cfg.n_layers if until is None else until
     _check(model, after)
     _check(model, until)
-    return through_layers(parameters(model), resid, model.cfg.n_heads, range(after, until))
+    if is_own(model):
+        return through_layers(parameters(model), resid, model.cfg.n_heads, range(after, until))
+    return _bridged(model, resid, after, until)
+
+
+@torch.no_grad()
+def last_after_next(model: Transformer, resid: Float[Tensor, "batch pos d_model"], after: int) -> Float[Tensor, "batch d_model"]:
+    """What `go_on` gives at the last position after one more layer: of the study's models many times faster to have alone.
+
+    Raises StudyError if no layer follows.
+    """
+    _check(model, after + 1)
+    if not is_own(model):
+        return go_on(model, resid, after, after + 1)[:, -1]
+    p, layer = parameters(model), f"layers.{after}"
+
+    def heads(name: str, x: Tensor) -> Tensor:
+        return linear(p, f"{layer}.attn.{name}", x).unflatten(-1, (model.cfg.n_heads, -1)).transpose(1, 2)
+
+    x, last = norm(p, f"{layer}.ln1", resid), resid[:, -1:]
+    z = F.scaled_dot_product_attention(heads("q", x[:, -1:]), heads("k", x), heads("v", x))
+    last = last + linear(p, f"{layer}.attn.o", z.transpose(1, 2).flatten(-2))
+    return (last + linear(p, f"{layer}.mlp.fc_out", mlp_post(p, layer, last)))[:, 0]
 
 
 @torch.no_grad()
 def unembed(model: Transformer, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
     """Logits of the residual stream after the last layer, as they are."""
+    if not is_own(model):
+        return model.unembed(model.ln_final(resid))
     p = parameters(model)
     return F.linear(norm(p, "ln_out", resid), p["head.weight"])
 
@@ -91,6 +142,12 @@ def losses(model: Transformer, tokens: Int[Tensor, "batch pos"], edits: dict[str
     """Next-token loss in nats, once for each way of editing the activations there [batch, pos, d_in] (None: left alone)."""
     if after is None:
         return token_losses(model, tokens, edits)
-    resid, p = activations(model, tokens, after), parameters(model)
-    return {name: next_token_losses(p, go_on(model, resid if edit is None else edit(resid), after), tokens)
-            for name, edit in edits.items()}
+    resid, found = activations(model, tokens, after), {}
+    for name, edit in edits.items():
+        last = go_on(model, resid if edit is None else edit(resid), after)
+        if is_own(model):
+            found[name] = next_token_losses(parameters(model), last, tokens)
+        else:
+            found[name] = torch.stack([F.cross_entropy(unembed(model, h).float(), t, reduction="none")
+                                       for h, t in zip(last[:, :-1], tokens[:, 1:], strict=True)])
+    return found

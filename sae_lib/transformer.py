@@ -272,3 +272,15 @@ def load_transformer(path: Path, config: TransformerConfig) -> Transformer:
         raise StudyError(f"{path} does not hold the weights of this profile's transformer; delete its folder and run "
                          "./run_all.sh again to remake it.") from error
     return model.eval().requires_grad_(False)
+
+
+def load_pretrained(name: str, device: torch.device | str = "cpu") -> Transformer:
+    """A model that was trained elsewhere: a folder in Hugging Face's layout, or a name on its hub, which needs a network.
+
+    Raises StudyError if there is none.
+    """
+    try:
+        return TransformerBridge.boot_transformers(name, device=device).eval().requires_grad_(False)
+    except OSError as error:
+        raise StudyError(f"'{name}' is neither a folder with a model nor one that can be downloaded now; check the name and the "
+                         "network.") from error

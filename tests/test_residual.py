@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from sae_lib import residual
 from sae_lib.activations import ActivationStream, StreamConfig
@@ -12,6 +13,7 @@ from sae_lib.sae import SAE, SAEConfig
 from sae_lib.transformer import (
     TransformerConfig,
     build,
+    load_pretrained,
     load_transformer,
     mlp_activations,
     parameters,
@@ -48,6 +50,15 @@ def test_going_on_part_of_the_way_and_then_the_rest(model, tokens):
     half = residual.go_on(model, residual.activations(model, tokens, 0), 0, until=2)
     assert torch.equal(half, residual.activations(model, tokens, 2))
     assert torch.equal(residual.go_on(model, half, 2, until=2), half)
+
+
+def test_the_last_position_alone(model, tokens):
+    for after in range(3):
+        resid = residual.activations(model, tokens, after) + after
+        torch.testing.assert_close(residual.last_after_next(model, resid, after),
+                                   residual.go_on(model, resid, after, until=after + 1)[:, -1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(StudyError, match="of a model that has 3"):
+        residual.last_after_next(model, resid, 3)
 
 
 def test_kept_positions(model, tokens):
@@ -98,6 +109,48 @@ def test_tables_and_held_out_losses(model, tokens):
     torch.testing.assert_close(found.values["dictionary"], found.values["clean"], atol=1e-4, rtol=1e-4)
     assert (found.values["zero"] - found.values["clean"]).abs().max() > 1e-3
     assert found.loss_recovered("zero", seed=0, n_boot=20).value == pytest.approx(1, abs=1e-3)
+
+
+@pytest.fixture(scope="module", params=["gpt_neox", "gpt2"])
+def pretrained(request, tmp_path_factory):
+    """A tiny model of another kind, read from a folder as a downloaded one would be."""
+    if request.param == "gpt_neox":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+                                                 intermediate_size=24, max_position_embeddings=16))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=2, n_positions=16))
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return load_pretrained(str(folder)), model.eval()
+
+
+def test_models_that_were_trained_elsewhere(pretrained, tokens):
+    model, original = pretrained
+    assert not residual.is_own(model)
+    logits = original(tokens).logits
+    for after in range(4):
+        resid = residual.activations(model, tokens, after)
+        assert resid.shape == (6, 16, 16) and residual.width(model, after) == 16
+        torch.testing.assert_close(residual.unembed(model, residual.go_on(model, resid, after)), logits, atol=1e-4, rtol=1e-4)
+        for until in range(after, 4):
+            torch.testing.assert_close(residual.go_on(model, resid, after, until), residual.activations(model, tokens, until),
+                                       atol=1e-5, rtol=1e-4)
+        if after < 3:
+            torch.testing.assert_close(residual.last_after_next(model, resid, after),
+                                       residual.activations(model, tokens, after + 1)[:, -1], atol=1e-5, rtol=1e-4)
+    losses = residual.losses(model, tokens, {"clean": None, "zero": torch.zeros_like}, 2)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    torch.testing.assert_close(losses["clean"], expected, atol=1e-4, rtol=1e-4)
+    assert (losses["zero"] - losses["clean"]).abs().max() > 1e-3
+    stream = ActivationStream(model, tokens.int(), 32, StreamConfig(tokens_per_context=16), after=2)
+    assert next(stream.batches()).shape == (32, 16)
+    with pytest.raises(StudyError, match="the study's own transformers only"):
+        residual.activations(model, tokens, None)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(StudyError, match="neither a folder with a model nor one that can be downloaded"):
+        load_pretrained(str(tmp_path / "nothing"))
 
 
 def test_half_precision_files_are_half_as_large_and_read_back(model, tmp_path):
