@@ -35,9 +35,10 @@ import torch
 from sae_lib import effects, erasure, study
 from sae_lib.interpret import unit_interval
 from sae_lib.metrics import share_interval
-from sae_lib.study import apostrophes, case_figures, cases, causes, deep, edits, parentheses
+from sae_lib.study import apostrophes, case_figures, cases, causes, deep, edits, layer_scores, parentheses
 from sae_lib.study.case_figures import finite, spell
 from sae_lib.study.cases import Unit
+from sae_lib.study.scores import differences, explainer, summary
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
 row, last, words = run.scorecard.row, cases.layers(run)[-1], run.vocabulary
@@ -75,7 +76,59 @@ for after, r in times.iterrows():
                f"(zero ablation); interval over documents; reproduced: it rises, and by no more than in the paper")
 
 # %% [markdown]
-# ## 2 · An apostrophe feature
+# ## 2 · Which layers can be read?
+#
+# **Claim.** Features are explained better than any other way to cut the residual stream, most of all early on. (In the paper: far
+# above the others in the first layers of Pythia-70M, like ICA's at layer 4, hardly above them in the last.)
+#
+# The paper's protocol: take the 20 fragments of 64 tokens on which a unit is strongest; explain it from five of them; let the
+# explanation predict five others of the 20 and five random ones on which the unit varies. The score is the correlation of
+# predicted and true activations over these 640 tokens. Units of seven kinds go through it: features; the stream's own numbers; random
+# directions; PCA and ICA; and PCA and ICA with only the k largest of a token kept, k being the dictionary's L0. What is negative
+# counts as 0. Explained by patterns, as in notebook 05, not by GPT-4: compare the numbers with each other.
+#
+# **Predict.** The stream's own numbers have no reason to mean anything, as a layer can turn them as it likes. Will they be above
+# random directions?
+
+# %% tags=["slow"]
+scored, kinds, draws = layer_scores.scores(run), layer_scores.KINDS, {"seed": SEED, "n_boot": run.profile.bootstrap}
+layers, by, units_each = cases.layers(run), explainer(words)[1], min(run.profile.scored_units, run.profile.deep.transformer.d_model)
+by_layer = {after: layer_scores.of_layer(scored, after) for after in layers}
+mean_scores = {after: summary(units, "top_random", np.mean, **draws) for after, units in by_layer.items()}
+
+# %%
+ahead = {after: differences(units, "top_random", statistic=np.mean, **draws) for after, units in by_layer.items()}
+said = {after: ", ".join(f"{kinds[kind]} {m.value:.2f} ({m.low:.2f} to {m.high:.2f})" for kind, m in found.iterrows()) for after, found in mean_scores.items()}
+nearest = {after: found.value.idxmin() for after, found in ahead.items() if len(found)}
+told = "; ".join(f"{mean_scores[a].value['feature']:.2f} against {mean_scores[a].value[kind]:.2f} ({kinds[kind]}) after layer {a}" for a, kind in nearest.items())
+study.show(case_figures.scores_figure(mean_scores, kinds), "12-scores", claim=f"Mean score of features and of the next best kind: {told or 'too few scores'}",
+           alt="Mean scores by layer and kind, with intervals. " + " ".join(f"After layer {after}: {text}." for after, text in said.items()))
+
+# %% [markdown]
+# Random fragments alone are the harder question: there a strong firing is rare, and an explanation that only knows the strongest
+# examples has little to say. The paper's control finds lower scores, and features still ahead.
+
+# %%
+control = {after: summary(units, "random_only", np.mean, **draws) for after, units in by_layer.items()}
+pd.concat({f"after layer {a}": pd.DataFrame({"5 strong and 5 random": mean_scores[a].value, "random only": control[a].value, "units": mean_scores[a].units})
+           .rename(index=kinds) for a in layers}, axis=1).round(2)
+
+# %%
+for after in layers:
+    best = finite(*(ahead[after].loc[nearest[after], ["value", "low", "high"]] if after in nearest else (np.nan,) * 3))
+    row(f"12.score.{after}", claim=f"After layer {after} features are explained better than the next best kind of unit: by how much", paper="figure only",
+        paper_source="3, figure 2 (far above in early layers, like ICA late)", ours=best[0], low=best[1], high=best[2], seeds=1,
+        verdict="not" if None in best or best[0] <= 0 else "reproduced" if best[1] > 0 else "partly",
+        caveat=f"{by}, not GPT-4; up to {units_each} units a kind, interval over units; next best {kinds.get(nearest.get(after), 'unknown')}; {said[after]}")
+lead = {after: control[after].value["feature"] - control[after].value.drop("feature").max() for after in layers}
+of_first, same = finite(*control[layers[0]].loc["feature", ["value", "low", "high"]]), finite(mean_scores[layers[0]].value["feature"])[0]
+row("12.score.random_only", claim="On random fragments alone features score lower, and are still ahead: their mean after layer 1", paper="figure only",
+    paper_source="App. G", ours=of_first[0], low=of_first[1], high=of_first[2], seeds=1,
+    verdict="not" if None in of_first or same is None or of_first[0] >= same else "reproduced" if of_first[2] < same and min(lead.values()) > 0 else "partly",
+    caveat="features less the best other kind: " + ", ".join(f"after layer {a} {value:+.2f}" for a, value in lead.items()))
+
+# %% [markdown]
+# ## 3 · An apostrophe feature
 #
 # **Claim.** One feature fires on nearly only apostrophes, and its ablation mainly lowers the logit of "s". The number of the residual
 # stream that it reads most fires on all kinds of things.
@@ -157,7 +210,7 @@ for which, claim, ours, verdict, caveat in (
         verdict=verdict, caveat=f"{caveat}; interval over documents")
 
 # %% [markdown]
-# ## 3 · A closing-parenthesis feature
+# ## 4 · A closing-parenthesis feature
 #
 # **Claim.** A feature of the last layer writes ")" and its variants.
 #
@@ -211,7 +264,7 @@ row("12.parenthesis.pin", claim="Change of the probability of closing when it is
     low=up[1], high=up[2], seeds=1, verdict="reproduced" if None not in up and up[1] > 0 else "not", caveat=f"where nothing is open {nothing.value['held at its maximum: change']:+.1%}")
 
 # %% [markdown]
-# ## 4 · Less than rank one
+# ## 5 · Less than rank one
 #
 # **Claim.** To take a feature away it is enough to move x back along its direction until the feature stops: *less* than a rank-one
 # change, since wherever the feature is silent nothing is changed at all.
@@ -264,7 +317,7 @@ for case, t in cell.items():
         caveat=f"{least.collateral:.2g} against {full.collateral:.2g} nats; {least.untouched:.1%} of tokens are left exactly as they are; after layer {of_case[case].after} of {last}; cautious interval")
 
 # %% [markdown]
-# ## 5 · What makes them fire
+# ## 6 · What makes them fire
 #
 # **Claim.** A feature's causes in the layer before can be found by ablation, and their causes in turn: a tree that can be read.
 #

@@ -44,6 +44,18 @@ def quality_figure(table: pd.DataFrame) -> go.Figure:
     return fig.update_layout(width=1000, height=430, legend={"orientation": "h", "y": -0.25, "yanchor": "top"})
 
 
+def scores_figure(means: dict[int, pd.DataFrame], names: dict[str, str]) -> go.Figure:
+    """Mean scores with their intervals: a panel for each number of layers, a row for each kind of unit."""
+    fig = make_subplots(cols=len(means), shared_yaxes=True, horizontal_spacing=0.04,
+                        subplot_titles=[f"after layer {after}" for after in means])
+    for col, table in enumerate(means.values(), start=1):
+        colours = [COLOURS[0] if kind == "feature" else COLOURS[1] for kind in table.index]
+        fig.add_scatter(x=table.value, y=[names[kind] for kind in table.index], error_x=_bars(table), mode="markers",
+                        marker={"size": 10, "color": colours}, showlegend=False, row=1, col=col)
+    fig.update_xaxes(rangemode="tozero", title="mean correlation (95 %)")
+    return fig.update_yaxes(autorange="reversed").update_layout(width=1000, height=420)
+
+
 def levels_figure(units: dict[str, pd.DataFrame], share: bool = True) -> go.Figure:
     """A panel a unit (its caption): of its active tokens at each level of activation the share of each truth, in a stack; above
     each bar the number of tokens."""
