@@ -31,9 +31,12 @@ LOGIT_ROWS = 256  # positions whose logits are in memory together
 
 
 @torch.no_grad()
-def logit_weights(model: Transformer, directions: Float[Tensor, "n d_mlp"],
-                  used: Bool[Tensor, " d_vocab"] | None = None) -> Float[Tensor, "n d_vocab"]:
+def logit_weights(model: Transformer, directions: Float[Tensor, "n d_in"], used: Bool[Tensor, " d_vocab"] | None = None,
+                  of_residual: bool = False) -> Float[Tensor, "n d_vocab"]:
     """What each direction adds to each token's logit: d W_down pi L W_unembed, each row shifted to median 0 (B10).
+
+    Directions are of the last layer's MLP activations; or `of_residual`, of the stream they are written to: no W_down then. Of
+    a stream that further layers read this is what reaches the logits past them.
 
     pi takes the mean out and L is the last LayerNorm's weight; its division by the standard deviation is left out, for it
     depends on the context. A dictionary's directions are the rows of `W_dec`, the neurons' those of the identity. Tokens that
@@ -43,7 +46,7 @@ def logit_weights(model: Transformer, directions: Float[Tensor, "n d_mlp"],
     Raises StudyError if no token is used.
     """
     p = parameters(model)
-    written = directions @ p[f"layers.{model.cfg.n_layers - 1}.mlp.fc_out.weight"].T
+    written = directions if of_residual else directions @ p[f"layers.{model.cfg.n_layers - 1}.mlp.fc_out.weight"].T
     centred = written - written.mean(1, keepdim=True)
     weights = (centred * p["ln_out.weight"]) @ p["head.weight"].T
     if used is not None:

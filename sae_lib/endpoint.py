@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_lib.errors import StudyError
-from sae_lib.interpret import WINDOW, Examples, Unanswered
+from sae_lib.interpret import Examples, Unanswered
 
 EXPLAIN_PROMPT = """\
 You study one unit of a language model: a number computed on every token of a text. Find out what makes it fire.
-Each example is nine tokens in order, as JSON strings, each with the unit's activation on it from 0 (none) to 9 (its largest).
+Each example is some tokens in order, as JSON strings, each with the unit's activation on it from 0 (none) to 9 (its largest).
 The unit sees a token and what stands before it, never what follows. Examples are grouped by how strongly the unit fires, then
 come random text and places where the strongest tokens stand elsewhere, often without the unit firing: compare them.
 
@@ -34,9 +34,10 @@ below have something in common, say that too. For instance:
 SIMULATE_PROMPT = """\
 A unit of a language model is described so: {text}
 
-Below are {n} snippets of nine tokens each, as JSON lists. Predict the unit's activation on every token, a whole number from 0
+Below are {n} snippets of {width} tokens each, as JSON lists. Predict the unit's activation on every token, a whole number from 0
 (none) to 9 (strongest). Most tokens of most texts are 0. The unit sees a token and what stands before it, never what follows.
-Answer with one line a snippet and nothing else: its number, a colon, nine numbers with spaces between. For instance:
+Answer with one line a snippet and nothing else: its number, a colon, {width} numbers with spaces between. If snippets had
+nine tokens:
 1: 0 0 0 7 9 0 0 0 0
 """
 LOGITS_PROMPT = """\
@@ -114,17 +115,18 @@ class EndpointExplanation:
     def __init__(self, text: str, chat: Chat, vocabulary: Sequence[bytes]):
         self.text, self._chat, self._vocabulary = text, chat, vocabulary
 
-    def simulate(self, windows: Int[np.ndarray, "n 9"]) -> Float[np.ndarray, "n 9"]:
+    def simulate(self, windows: Int[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
         """The predicted levels, 0-9. A snippet that the answer leaves out counts as 0.
 
         Raises Unanswered if more than half are left out, and what `Chat.ask` raises.
         """
         lines = [f"{i}: {_tokens(window, self._vocabulary)}" for i, window in enumerate(windows, 1)]
-        content = self._chat.ask("\n".join([SIMULATE_PROMPT.format(text=self.text, n=len(windows)), *lines]))
+        question = SIMULATE_PROMPT.format(text=self.text, n=len(windows), width=windows.shape[1])
+        content = self._chat.ask("\n".join([question, *lines]))
         levels, known = np.zeros(windows.shape), set()
         for number, rest in re.findall(r"^[^\w\n]*(\d+)[^\w\n]*[:.)](.*)$", content, flags=re.MULTILINE):
             values = [float(value) for value in re.findall(r"\d+(?:\.\d+)?", rest)]
-            if 1 <= int(number) <= len(windows) and len(values) == WINDOW:
+            if 1 <= int(number) <= len(windows) and len(values) == windows.shape[1]:
                 levels[int(number) - 1] = np.clip(values, 0, 9)
                 known.add(int(number))
         if 2 * len(known) < len(windows):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sae_lib.interpret import WINDOW, Examples
+from sae_lib.interpret import Examples
 from sae_lib.token_classes import Classes, quoted
 
 MAX_CLAUSES = 4
@@ -45,7 +45,7 @@ class Literal(NamedTuple):
     member: Bool[np.ndarray, " d_vocab"]
     price: float
 
-    def holds(self, windows: Int[np.ndarray, "n 9"]) -> Bool[np.ndarray, "n 9"]:
+    def holds(self, windows: Int[np.ndarray, "n width"]) -> Bool[np.ndarray, "n width"]:
         return _in_place(self.place, self.member[windows])
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Clause(NamedTuple):
     literals: tuple[Literal, ...]
     strength: float
 
-    def holds(self, windows: Int[np.ndarray, "n 9"]) -> Bool[np.ndarray, "n 9"]:
+    def holds(self, windows: Int[np.ndarray, "n width"]) -> Bool[np.ndarray, "n width"]:
         return np.logical_and.reduce([literal.holds(windows) for literal in self.literals])
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Clause(NamedTuple):
         return " ".join([" that are also ".join(here) or "any token", " and ".join(around)]).strip()
 
 
-def _in_place(place: str, member: Bool[np.ndarray, "*sets n 9"]) -> Bool[np.ndarray, "*sets n 9"]:
+def _in_place(place: str, member: Bool[np.ndarray, "*sets n width"]) -> Bool[np.ndarray, "*sets n width"]:
     """From "this token is one of them" to "one of them stands in `place`", which a window's edge can leave unknown: false."""
     if place == "here":
         return member
@@ -77,10 +77,10 @@ def _in_place(place: str, member: Bool[np.ndarray, "*sets n 9"]) -> Bool[np.ndar
     seen = np.cumsum(member, axis=-1, dtype=np.int8)
     before = seen - member
     if place == "left":  # at least half of what the window shows before, and that is two tokens or more
-        n_before = np.arange(WINDOW)
+        n_before = np.arange(member.shape[-1])
         return (2 * before >= n_before) & (n_before >= 2)
     if place == "amid":  # at least half of the window's other tokens
-        return 2 * (seen[..., -1:] - member) >= WINDOW - 1
+        return 2 * (seen[..., -1:] - member) >= member.shape[-1] - 1
     return before > 0
 
 
@@ -92,7 +92,7 @@ class PatternExplanation(NamedTuple):
     clauses: tuple[Clause, ...]
     raises: Bool[np.ndarray, " d_vocab"]
 
-    def simulate(self, windows: Int[np.ndarray, "n 9"]) -> Float[np.ndarray, "n 9"]:
+    def simulate(self, windows: Int[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
         """The expected level, 0-9, of every token."""
         total = self.base + sum((clause.strength * clause.holds(windows) for clause in self.clauses), np.zeros(windows.shape))
         return np.clip(total, 0, 3) ** 2
@@ -129,7 +129,7 @@ class PatternExplainer:
         literals, fires = list(self._class_literals), examples.levels > 0
         for place in ("here", "before", "before2", "earlier"):
             shift = {"here": 0, "before": 1, "before2": 2, "earlier": 3}[place]
-            found, count = np.unique(tokens[:, :WINDOW - shift][fires[:, shift:]], return_counts=True)
+            found, count = np.unique(tokens[:, :tokens.shape[1] - shift][fires[:, shift:]], return_counts=True)
             frequent = found[count >= 2]
             literals += [self._tokens(place, frequent[[i]]) for i in range(len(frequent))]
             forms = np.unique(classes.form[frequent])
@@ -189,7 +189,7 @@ def _sentence(base: float, clauses: Sequence[Clause]) -> str:
 
 # --- fitting ---------------------------------------------------------------------------------------------------------
 
-def _holds(literals: list[Literal], windows: Int[np.ndarray, "n 9"]) -> Bool[np.ndarray, "literals rows"]:
+def _holds(literals: list[Literal], windows: Int[np.ndarray, "n width"]) -> Bool[np.ndarray, "literals rows"]:
     """Where each literal holds; those of the same place at once, for there are hundreds."""
     holds = np.empty((len(literals), windows.size), dtype=bool)
     for place in PLACES:
@@ -200,7 +200,7 @@ def _holds(literals: list[Literal], windows: Int[np.ndarray, "n 9"]) -> Bool[np.
     return holds
 
 
-def _fit(literals: list[Literal], windows: Int[np.ndarray, "n 9"],
+def _fit(literals: list[Literal], windows: Int[np.ndarray, "n width"],
          target: Float[np.ndarray, " rows"]) -> tuple[float, tuple[Clause, ...]]:
     """Base and clauses of a sparse additive model: greedily the best conjunction, then all strengths again by ridge."""
     holds = _holds(literals, windows)

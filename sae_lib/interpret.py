@@ -38,10 +38,10 @@ class Unanswered(StudyError):
 
 
 class Examples(NamedTuple):
-    """Windows of 9 tokens with the unit's activations, quantised to the levels 0-9."""
+    """Windows of tokens, 9 unless told, with the unit's activations, quantised to the levels 0-9."""
 
-    tokens: Int[np.ndarray, "n 9"]
-    levels: Int[np.ndarray, "n 9"]
+    tokens: Int[np.ndarray, "n width"]
+    levels: Int[np.ndarray, "n width"]
     """floor(10 * activation / the unit's largest), at most 9."""
     index: Int[np.ndarray, " n"]
     """The token, in flat order, that the window was drawn for: its centre, unless the context ends too near."""
@@ -57,7 +57,7 @@ class Explanation(Protocol):
 
     text: str
 
-    def simulate(self, windows: Int[np.ndarray, "n 9"]) -> Float[np.ndarray, "n 9"]:
+    def simulate(self, windows: Int[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
         """The level, 0-9, that the explanation expects on every token."""
 
     def logits(self, tokens: Int[np.ndarray, " k"]) -> Bool[np.ndarray, " k"]:

@@ -21,7 +21,9 @@ from sae_lib.transformer import (
     Parameters,
     Transformer,
     embed,
+    linear,
     mlp_activations,
+    mlp_post,
     next_token_losses,
     norm,
     parameters,
@@ -103,6 +105,26 @@ def go_on(model: Transformer, resid: Float[Tensor, "batch pos d_model"], after: 
     if is_own(model):
         return through_layers(parameters(model), resid, model.cfg.n_heads, range(after, until))
     return _bridged(model, resid, after, until)
+
+
+@torch.no_grad()
+def last_after_next(model: Transformer, resid: Float[Tensor, "batch pos d_model"], after: int) -> Float[Tensor, "batch d_model"]:
+    """What `go_on` gives at the last position after one more layer: of the study's models many times faster to have alone.
+
+    Raises StudyError if no layer follows.
+    """
+    _check(model, after + 1)
+    if not is_own(model):
+        return go_on(model, resid, after, after + 1)[:, -1]
+    p, layer = parameters(model), f"layers.{after}"
+
+    def heads(name: str, x: Tensor) -> Tensor:
+        return linear(p, f"{layer}.attn.{name}", x).unflatten(-1, (model.cfg.n_heads, -1)).transpose(1, 2)
+
+    x, last = norm(p, f"{layer}.ln1", resid), resid[:, -1:]
+    z = F.scaled_dot_product_attention(heads("q", x[:, -1:]), heads("k", x), heads("v", x))
+    last = last + linear(p, f"{layer}.attn.o", z.transpose(1, 2).flatten(-2))
+    return (last + linear(p, f"{layer}.mlp.fc_out", mlp_post(p, layer, last)))[:, 0]
 
 
 @torch.no_grad()

@@ -62,6 +62,7 @@ def test_logit_weights_equal_the_formula_written_out():
                 expected[i, token] = sum((written[m] - mean) * scale[m] * unembed[token, m] for m in range(16))
             expected[i] -= expected[i].sort().values[24]
         torch.testing.assert_close(logit_weights(model, directions), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logit_weights(model, directions @ w_down.T, of_residual=True), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_logit_weights_are_what_the_bridge_does_when_the_norm_is_frozen(model):

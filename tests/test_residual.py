@@ -52,6 +52,15 @@ def test_going_on_part_of_the_way_and_then_the_rest(model, tokens):
     assert torch.equal(residual.go_on(model, half, 2, until=2), half)
 
 
+def test_the_last_position_alone(model, tokens):
+    for after in range(3):
+        resid = residual.activations(model, tokens, after) + after
+        torch.testing.assert_close(residual.last_after_next(model, resid, after),
+                                   residual.go_on(model, resid, after, until=after + 1)[:, -1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(StudyError, match="of a model that has 3"):
+        residual.last_after_next(model, resid, 3)
+
+
 def test_kept_positions(model, tokens):
     keep = torch.tensor([[3, 0]] * 6)
     found = residual.activations(model, tokens, 2, keep)
@@ -126,6 +135,9 @@ def test_models_that_were_trained_elsewhere(pretrained, tokens):
         for until in range(after, 4):
             torch.testing.assert_close(residual.go_on(model, resid, after, until), residual.activations(model, tokens, until),
                                        atol=1e-5, rtol=1e-4)
+        if after < 3:
+            torch.testing.assert_close(residual.last_after_next(model, resid, after),
+                                       residual.activations(model, tokens, after + 1)[:, -1], atol=1e-5, rtol=1e-4)
     losses = residual.losses(model, tokens, {"clean": None, "zero": torch.zeros_like}, 2)
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     torch.testing.assert_close(losses["clean"], expected, atol=1e-4, rtol=1e-4)

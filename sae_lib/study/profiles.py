@@ -36,9 +36,15 @@ class DeepSizes:
     """Sizes of notebooks 11 and 12: a transformer of several layers, and dictionaries on its residual stream."""
 
     transformer: TransformerConfig = TransformerConfig(n_tokens=7_000_000, n_layers=3)
-    dictionary: TrainConfig = TrainConfig(n_activations=4_000_000, batch_size=2048, l1_coefficient=1.0, lr=1e-3, lr_warmup=0.01,
+    dictionary: TrainConfig = TrainConfig(n_activations=4_000_000, batch_size=2048, l1_coefficient=2.0, lr=1e-3, lr_warmup=0.01,
                                           lr_decay=0.4, birth_density=0.005, resample_inputs=131_072)
     expansion: int = 8  # features per dimension of the residual stream
+    case_text: int = 2048  # contexts of test text in which the chosen features are measured
+    case_contexts: int = 96  # contexts with what a feature is for, in which edits are compared
+    case_places: int = 400  # tokens at which effects on the logits are averaged
+    tree_branches: tuple[int, ...] = (4, 3)  # causes that are drawn of the target, and of each of these
+    tree_places: int = 20  # contexts that rank causes, and as many others that measure them
+    surveyed: int = 24  # features of each layer whose causes are looked for
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,8 @@ SMOKE = replace(
     deep=DeepSizes(
         transformer=TransformerConfig(n_tokens=300_000, n_layers=3, d_vocab=1024, n_ctx=64, d_model=64, n_heads=2, d_mlp=128),
         dictionary=TrainConfig(n_activations=80_000, batch_size=512, l1_coefficient=1.0, lr=1e-3, birth_density=0.01,
-                               resample_inputs=8192), expansion=4),
+                               resample_inputs=8192), expansion=4,
+        case_contexts=8, case_places=40, tree_branches=(2, 2), tree_places=6, surveyed=2),
     frontier=FrontierSizes(
         training=TrainConfig(n_activations=16_384, batch_size=256, lr_decay=0.4, birth_density=0.02, resample_inputs=1024,
                              log_every=4),

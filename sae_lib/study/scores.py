@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -218,7 +218,14 @@ def rating(study: Study, scores: dict[str, Scores]) -> Rating:
 
 # --- summaries -------------------------------------------------------------------------------------------------------
 
-def summary(scores: dict[str, Scores], column: str, statistic: Callable = np.median, **draws: int) -> pd.DataFrame:
+@runtime_checkable
+class WithUnits(Protocol):
+    """Anything with a row for each scored unit."""
+
+    units: pd.DataFrame
+
+
+def summary(scores: dict[str, WithUnits], column: str, statistic: Callable = np.median, **draws: int) -> pd.DataFrame:
     """A statistic over the units of each kind with its bootstrap interval over units: value, low, high, units; nan where fewer
     than two units have a score."""
     rows = {}
@@ -230,7 +237,7 @@ def summary(scores: dict[str, Scores], column: str, statistic: Callable = np.med
     return pd.DataFrame(rows).T
 
 
-def differences(scores: dict[str, Scores], column: str, of: str = "feature", statistic: Callable = np.median, seed: int = 0,
+def differences(scores: dict[str, WithUnits], column: str, of: str = "feature", statistic: Callable = np.median, seed: int = 0,
                 n_boot: int = 1000) -> pd.DataFrame:
     """By how much a statistic of one kind's units is above that of each other kind, with a bootstrap over both kinds' units:
     value, low, high; kinds with fewer than two scores are left out.

@@ -139,7 +139,7 @@ def width(study: Study, expansion: int) -> Width:
         contexts.to_json(out / "contexts.json", orient="records")
         members.to_json(out / "members.json", orient="records")
         columns = {"fired": np.diff(table.indptr).astype(np.int32), "live": live_units(table), "maximum": features.maxima(table),
-                   "nearest": splitting.nearest_cosine(sae.W_dec), "fires_on": _fires_on(table, flat(text.contexts)),
+                   "nearest": splitting.nearest_cosine(sae.W_dec), "fires_on": fires_on(table, flat(text.contexts)),
                    "raises": _raises(study, sae.W_dec)}
         save_file(columns | best, out / "features.safetensors")
 
@@ -215,7 +215,8 @@ def _shares(classes: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> dic
     return dict(zip(CLASSES, shares.tolist(), strict=True))
 
 
-def _fires_on(table: csc_array, tokens: Int[np.ndarray, " n_tokens"]) -> Int[np.ndarray, "n_units listed"]:
+def fires_on(table: csc_array, tokens: Int[np.ndarray, " n_tokens"]) -> Int[np.ndarray, "n_units listed"]:
+    """The commonest tokens of each unit's 20 greatest activations, commonest first; -1 where there are fewer."""
     found = np.full((table.shape[1], LISTED), -1, dtype=np.int32)
     for unit in np.flatnonzero(np.diff(table.indptr)).tolist():
         where, values = features.column(table, unit)

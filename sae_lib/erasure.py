@@ -1,0 +1,118 @@
+"""Taking one direction out of the residual stream, from all of it to as little as will do (Cunningham et al., section 5; C5).
+
+Four ways to make a model stop using one feature. Each moves an activation x along one direction; they differ in where, and how
+far. With f the feature's activation, w its encoder column and d its decoder row:
+
+- `effects.pin(sae, feature, 0)`: x - f d, the feature's part of the reconstruction, where it is active;
+- `silence`: x - f / (w . d) d, to where the feature stops being active, and no further: less than rank one, for elsewhere x
+  stays. In the paper's tied dictionaries, whose w is d, these two are one;
+- `project_out`: x - d d . (x - mean), everywhere: rank one;
+- `leace`: the least change after which no linear function of x tells a concept (Belrose et al. 2023): rank one, along another
+  direction.
+
+What an edit is for and what it breaks are measured on different tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_lib import residual
+from sae_lib.errors import StudyError
+from sae_lib.features import BATCH_CONTEXTS
+from sae_lib.residual import ResidualEdit
+from sae_lib.sae import SAE
+from sae_lib.transformer import Transformer
+
+RIDGE = 1e-6  # of the mean variance: activations may span less than all their numbers
+
+
+def reach(sae: SAE, feature: int) -> float:
+    """By how much a feature's activation falls for each unit that x is moved back along its direction: w . d.
+
+    Raises StudyError if there is no such feature, or if moving back does not make it fall.
+    """
+    if not 0 <= feature < len(sae.W_dec):
+        raise StudyError(f"There is no feature {feature}; give a number from 0 to {len(sae.W_dec) - 1}.")
+    found = float(sae.W_enc[:, feature] @ sae.W_dec[feature])
+    if found <= 0:
+        raise StudyError(f"Feature {feature} reads nothing of its own direction (w . d is {found:.2g}), so no step back along it "
+                         "makes it stop; take another feature.")
+    return found
+
+
+def silence(sae: SAE, feature: int) -> ResidualEdit:
+    """Move x back along a feature's direction just until the feature is no longer active; leave it where it is not (C5).
+
+    For a dictionary whose activations are relu(w . (x - b_dec) + b_enc). Raises StudyError as `reach` does.
+    """
+    w_d = reach(sae, feature)
+    return lambda x: x - sae.encode(x, [feature]) / w_d * sae.W_dec[feature]
+
+
+def project_out(direction: Float[Tensor, " d_model"], mean: Float[Tensor, " d_model"]) -> ResidualEdit:
+    """Give x everywhere the mean's component along a direction, of whatever length."""
+    unit = direction / direction.norm()
+    return lambda x: x - ((x - mean) @ unit)[..., None] * unit
+
+
+def leace(acts: Float[Tensor, "n d_model"], concept: Bool[Tensor, " n"]) -> ResidualEdit:
+    """The least-squares smallest edit after which x and a concept are uncorrelated, over these activations.
+
+    For one concept the closed form of Belrose et al. (2023) is x - s (s' C^-1 (x - mean)) / (s' C^-1 s), C the covariance of the
+    activations and s their covariance with the concept.
+
+    Raises StudyError if the concept holds everywhere or nowhere.
+    """
+    if concept.all() or not concept.any():
+        raise StudyError("The concept to erase holds everywhere or nowhere in this text; give text in which it comes and goes.")
+    mean = acts.double().mean(0)
+    centred, label = acts.double() - mean, concept.double() - concept.double().mean()
+    covariance, along = centred.T @ centred / len(acts), centred.T @ label / len(acts)
+    ridge = RIDGE * covariance.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
+    reads = torch.linalg.solve(covariance + ridge, along)
+    along, reads, mean = (value.float() for value in (along / (along @ reads), reads, mean))
+    return lambda x: x - ((x - mean) @ reads)[..., None] * along
+
+
+class Damage(NamedTuple):
+    """What an edit at all positions does to each token of a text, [n_contexts, n_ctx]."""
+
+    divergence: Float[Tensor, "n_contexts n_ctx"]
+    """KL(untouched || edited) of the predictions made there, in nats."""
+    likelihood: Float[Tensor, "n_contexts n_ctx"]
+    """Change of the log-likelihood of the token that follows, in nats; 0 at a context's last token."""
+    norm: Float[Tensor, "n_contexts n_ctx"]
+    """How far the residual stream was moved."""
+
+
+@torch.no_grad()
+def damage(model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"], after: int, edit: ResidualEdit) -> Damage:
+    """Edit the residual stream `after` so many layers at all positions, and compare what the model predicts."""
+    found: list[Damage] = []
+    for tokens in contexts.long().split(BATCH_CONTEXTS):
+        resid = residual.activations(model, tokens, after)
+        edited = edit(resid)
+        ends = [residual.go_on(model, x, after) for x in (resid, edited)]
+        following = tokens.roll(-1, 1)
+        divergence, likelihood = torch.zeros(tokens.shape), torch.zeros(tokens.shape)
+        for i, pair in enumerate(zip(*ends, strict=True)):
+            clean, changed = (residual.unembed(model, end).log_softmax(-1) for end in pair)
+            divergence[i] = (clean.exp() * (clean - changed)).sum(-1)
+            likelihood[i, :-1] = (changed - clean).gather(1, following[i, :, None])[:-1, 0]
+        found.append(Damage(divergence, likelihood, (edited - resid).norm(dim=-1)))
+    return Damage(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+@torch.no_grad()
+def logits_at(model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"], after: int, edit: ResidualEdit | None,
+              positions: Int[Tensor, " n_contexts"]) -> Float[Tensor, "n_contexts d_vocab"]:
+    """Logits at one position of each context, with the residual stream edited at all positions; as it is, if edit is None."""
+    found = []
+    for tokens, at in zip(contexts.long().split(BATCH_CONTEXTS), positions.long().split(BATCH_CONTEXTS), strict=True):
+        resid = residual.activations(model, tokens, after)
+        end = residual.go_on(model, resid if edit is None else edit(resid), after)
+        found.append(residual.unembed(model, end[torch.arange(len(at)), at]))
+    return torch.cat(found)
