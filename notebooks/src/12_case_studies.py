@@ -120,7 +120,7 @@ letter = max(i for i, word in enumerate(words) if word == b"s")
 s, scale = effect.loc["feature", letter], found.scale
 rank = {by: scale[f"feature {by}"] for by in ("probability", "logit")}
 study.show(case_figures.lowered_figure(found.effect, words), "12-apostrophe-effect",
-           claim=f"Ablating {name} takes {-s.probability:.1%} from the probability of 's', {scale['probability of s']:.1%} as it is: number {rank['probability']:,.0f} of {len(words):,} tokens",
+           claim=f"Ablating {name} takes {-100 * s.probability:.1f} points from the probability of 's' ({scale['probability of s']:.0%}): number {rank['probability']:,.0f} of the {len(words):,} tokens",
            alt=f"Two panels of the tokens whose probability falls most, mean over {scale['places']:.0f} apostrophes: with the feature ablated 's' is number {rank['probability']:.0f}; "
                f"with the dimension it reads most set to its mean 's' is number {scale['dimension it reads most probability']:.0f}.")
 
@@ -143,7 +143,7 @@ row("12.apostrophe.kinds", claim="Features of their own for 's, n't and the othe
 # %%
 ends = lambda unit, measure: finite(*unit[[measure, f"{measure}_low", f"{measure}_high"]])
 sign, share, of_dim, change = ends(best, "strong_wider"), ends(best, "strong"), ends(dim, "strong_wider"), finite(s.logit, s.logit_low, s.logit_high)
-nearly = lambda found: "not" if None in found or found[0] < 0.5 else "reproduced" if found[1] >= 0.9 else "partly"
+less, nearly = finite(s.probability, s.low, s.high), lambda found: "not" if None in found or found[0] < 0.5 else "reproduced" if found[1] >= 0.9 else "partly"
 clear, mainly = None not in sign + of_dim and of_dim[2] < sign[1], None not in change and change[2] < 0
 for which, claim, ours, verdict, caveat in (
         ("sign", "Share of the apostrophe feature's strong activations (above half of the maximum) that is on the sign, be it apostrophe or quotation mark: nearly all", sign, nearly(sign),
@@ -152,9 +152,10 @@ for which, claim, ours, verdict, caveat in (
         ("dimension", "Share on the sign of the strong activations of the dimension that it reads most: hardly any", of_dim, "not" if not clear else "reproduced" if of_dim[2] < sign[1] / 4 else "partly",
          f"{other}, above or below its mean; the best dimension of all correlates {fair.pearson[best.after]:.2f} with apostrophes in words"),
         ("s_logit", "Ablating the apostrophe feature mainly lowers the logit of 's': mean change", change, "not" if not mainly else "reproduced" if rank["logit"] <= 3 else "partly",
-         f"beyond the mean logit's; number {rank['logit']:,.0f} by logit, {rank['probability']:,.0f} by probability ({s.probability:+.1%} of {scale['probability of s']:.1%}); reproduced: among the first 3 by logit")):
-    row(f"12.apostrophe.{which}", claim=claim, paper="figure only", paper_source="5 (apostrophe feature, residual dimension 21)", ours=ours[0], low=ours[1], high=ours[2], seeds=1,
-        verdict=verdict, caveat=f"{caveat}; interval over documents")
+         f"beyond the mean logit's, which an ablation shifts too; number {rank['logit']:,.0f} of the lowered tokens; reproduced: among the first 3"),
+        ("s_probability", "It mainly lowers the probability of 's': mean change", less, "not" if None in less or less[2] >= 0 else "reproduced" if rank["probability"] == 1 else "partly",
+         f"of {scale['probability of s']:.1%}; number {rank['probability']:,.0f} of the lowered tokens, 't' changes by {effect.probability['feature', words.index(b't', letter)]:+.1%}")):
+    row(f"12.apostrophe.{which}", claim=claim, paper="figure only", paper_source="5 (apostrophe feature, residual dimension 21)", ours=ours[0], low=ours[1], high=ours[2], seeds=1, verdict=verdict, caveat=f"{caveat}; interval over documents")
 
 # %% [markdown]
 # ## 3 · A closing-parenthesis feature
@@ -174,7 +175,7 @@ closing.units[shown].assign(raises=[spell(tokens, words, 10) for tokens in closi
 
 # %%
 first, rival, base = closing.units.iloc[0], closing.units.iloc[-1], closing.base
-study.show(case_figures.levels_figure({f"feature {first.number} after layer {last}": closing.levels}), "12-parenthesis-levels",
+study.show(case_figures.levels_figure({f"feature {first.number} after layer {last}": closing.levels.replace({"open": "open, not closed next", "anything else": "nothing open"})}), "12-parenthesis-levels",
            claim=f"{first.wider:.0%} of the activation of feature {first.number} is where a parenthesis is open ({base['open']:.0%} of all tokens are), {first.share:.0%} where the next token closes it",
            alt=f"Stacked bars by level of activation: the share of active tokens at which a parenthesis is open and closed next, open, or not open. By activation {first.share:.0%}, "
                f"{first.wider - first.share:.0%} and {1 - first.wider:.0%}.")
