@@ -241,14 +241,15 @@ left = float(sae.encode(effects.pin(sae, unit.number, 0.0)(x), [unit.number]).su
 print(f"w · d = {w_d:.2f}: subtracting the feature's part leaves {left:.0%} of its activation, moving back until it stops {float(sae.encode(stopped, [unit.number]).sum()):.1g}")
 
 # %% tags=["slow"]
-of_case = {"apostrophe": unit, "parenthesis": Unit(last, int(first.number))}
-compared = {case: edits.rank_one(run, case, which) for case, which in of_case.items()}
+of_case = {"apostrophe": Unit(last, int(top.number[last])), "parenthesis": Unit(last, int(first.number)), "apostrophe, early": Unit(1, int(top.number[1]))}
+compared = {case: edits.rank_one(run, case.split(",")[0], which) for case, which in of_case.items()}
 named = {"until it stops": "until the feature stops<br>(less than rank one)", "its part": "the feature's part", "rank one": "rank one, its direction", "LEACE": "LEACE (rank one)",
          "a dimension": "the dimension it reads most", "rank one, random": "rank one, random direction"}
 cell = {case: table.set_index("edit") for case, table in compared.items()}
 told = {case: f"{t.wanted['until it stops']:+.2f} nats where wanted, KL {t.collateral['until it stops']:.2g} elsewhere; rank one {t.wanted['rank one']:+.2f} and {t.collateral['rank one']:.2g}"
         for case, t in cell.items()}
-study.show(case_figures.edits_figure(compared, named), "12-rank-one", claim=f"Until the feature stops: {'; '.join(f'{case} {said}' for case, said in told.items())}",
+shown = {f"{case.split(',')[0]}, after layer {of_case[case].after}": table for case, table in compared.items()}
+study.show(case_figures.edits_figure(shown, named), "12-rank-one", claim=f"Moved until the feature stops: {told['apostrophe']}",
            alt="Six edits in rows, three panels: change of log-likelihood where it is wanted, KL divergence where the feature is inactive, and how far the stream is moved. "
                + " ".join(f"{case}: {said}." for case, said in told.items()))
 
@@ -257,10 +258,11 @@ for case, t in cell.items():
     least, full = t.loc["until it stops"], t.loc["rank one"]
     wanted = finite(least.wanted, least.wanted_low, least.wanted_high)
     ratio = finite(least.collateral / full.collateral, least.collateral_low / full.collateral_high, least.collateral_high / full.collateral_low) if full.collateral_low else (None,) * 3
-    row(f"12.rank_one.wanted.{case}", claim=f"Moving back until the {case} feature stops lowers the log-likelihood of what it is for", paper=None, paper_source="5 (less-than-rank-one ablation)",
+    key = case.replace(", ", "_")
+    row(f"12.rank_one.wanted.{key}", claim=f"Moving back until the {case.split(',')[0]} feature after layer {of_case[case].after} stops lowers the log-likelihood of what it is for", paper=None, paper_source="5 (less-than-rank-one ablation)",
         ours=wanted[0], low=wanted[1], high=wanted[2], seeds=1, verdict="not" if None in wanted or wanted[2] >= 0 else "reproduced",
         caveat=f"nats; the feature's part alone {t.wanted['its part']:+.2f}, rank one {full.wanted:+.2f}, LEACE {t.wanted['LEACE']:+.2f}, a random direction {t.wanted['rank one, random']:+.2f}")
-    row(f"12.rank_one.collateral.{case}", claim="Its KL where the feature is inactive, as a share of rank one's", paper=None, paper_source="5 (less-than-rank-one ablation)",
+    row(f"12.rank_one.collateral.{key}", claim="Its KL where the feature is inactive, as a share of rank one's", paper=None, paper_source="5 (less-than-rank-one ablation)",
         ours=ratio[0], low=ratio[1], high=ratio[2], seeds=1, verdict="not" if None in ratio or ratio[2] >= 1 else "reproduced",
         caveat=f"{least.collateral:.2g} against {full.collateral:.2g} nats; {least.untouched:.1%} of tokens are left exactly as they are; after layer {of_case[case].after} of {last}; cautious interval")
 
@@ -278,7 +280,7 @@ for case, t in cell.items():
 # feature a layer earlier?
 
 # %% tags=["slow"]
-roots = {"apostrophe": Unit(last, int(top.number[last])), "parenthesis": of_case["parenthesis"]}
+roots = {case: of_case[case] for case in ("apostrophe", "parenthesis")}
 trees = {case: causes.tree(run, case, root) for case, root in roots.items()}
 summary = {}
 for case, tree in trees.items():
