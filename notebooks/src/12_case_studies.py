@@ -173,7 +173,7 @@ letter = max(i for i, word in enumerate(words) if word == b"s")
 s, scale = effect.loc["feature", letter], found.scale
 rank = {by: scale[f"feature {by}"] for by in ("probability", "logit")}
 study.show(case_figures.lowered_figure(found.effect, words), "12-apostrophe-effect",
-           claim=f"Ablating {name} takes {-s.probability:.1%} from the probability of 's', {scale['probability of s']:.1%} as it is: number {rank['probability']:,.0f} of {len(words):,} tokens",
+           claim=f"Ablating {name} takes {-100 * s.probability:.1f} points from the probability of 's' ({scale['probability of s']:.0%}): number {rank['probability']:,.0f} of the {len(words):,} tokens",
            alt=f"Two panels of the tokens whose probability falls most, mean over {scale['places']:.0f} apostrophes: with the feature ablated 's' is number {rank['probability']:.0f}; "
                f"with the dimension it reads most set to its mean 's' is number {scale['dimension it reads most probability']:.0f}.")
 
@@ -196,7 +196,7 @@ row("12.apostrophe.kinds", claim="Features of their own for 's, n't and the othe
 # %%
 ends = lambda unit, measure: finite(*unit[[measure, f"{measure}_low", f"{measure}_high"]])
 sign, share, of_dim, change = ends(best, "strong_wider"), ends(best, "strong"), ends(dim, "strong_wider"), finite(s.logit, s.logit_low, s.logit_high)
-nearly = lambda found: "not" if None in found or found[0] < 0.5 else "reproduced" if found[1] >= 0.9 else "partly"
+less, nearly = finite(s.probability, s.low, s.high), lambda found: "not" if None in found or found[0] < 0.5 else "reproduced" if found[1] >= 0.9 else "partly"
 clear, mainly = None not in sign + of_dim and of_dim[2] < sign[1], None not in change and change[2] < 0
 for which, claim, ours, verdict, caveat in (
         ("sign", "Share of the apostrophe feature's strong activations (above half of the maximum) that is on the sign, be it apostrophe or quotation mark: nearly all", sign, nearly(sign),
@@ -205,9 +205,10 @@ for which, claim, ours, verdict, caveat in (
         ("dimension", "Share on the sign of the strong activations of the dimension that it reads most: hardly any", of_dim, "not" if not clear else "reproduced" if of_dim[2] < sign[1] / 4 else "partly",
          f"{other}, above or below its mean; the best dimension of all correlates {fair.pearson[best.after]:.2f} with apostrophes in words"),
         ("s_logit", "Ablating the apostrophe feature mainly lowers the logit of 's': mean change", change, "not" if not mainly else "reproduced" if rank["logit"] <= 3 else "partly",
-         f"beyond the mean logit's; number {rank['logit']:,.0f} by logit, {rank['probability']:,.0f} by probability ({s.probability:+.1%} of {scale['probability of s']:.1%}); reproduced: among the first 3 by logit")):
-    row(f"12.apostrophe.{which}", claim=claim, paper="figure only", paper_source="5 (apostrophe feature, residual dimension 21)", ours=ours[0], low=ours[1], high=ours[2], seeds=1,
-        verdict=verdict, caveat=f"{caveat}; interval over documents")
+         f"beyond the mean logit's, which an ablation shifts too; number {rank['logit']:,.0f} of the lowered tokens; reproduced: among the first 3"),
+        ("s_probability", "It mainly lowers the probability of 's': mean change", less, "not" if None in less or less[2] >= 0 else "reproduced" if rank["probability"] == 1 else "partly",
+         f"of {scale['probability of s']:.1%}; number {rank['probability']:,.0f} of the lowered tokens, 't' changes by {effect.probability['feature', words.index(b't', letter)]:+.1%}")):
+    row(f"12.apostrophe.{which}", claim=claim, paper="figure only", paper_source="5 (apostrophe feature, residual dimension 21)", ours=ours[0], low=ours[1], high=ours[2], seeds=1, verdict=verdict, caveat=f"{caveat}; interval over documents")
 
 # %% [markdown]
 # ## 4 · A closing-parenthesis feature
@@ -227,7 +228,7 @@ closing.units[shown].assign(raises=[spell(tokens, words, 10) for tokens in closi
 
 # %%
 first, rival, base = closing.units.iloc[0], closing.units.iloc[-1], closing.base
-study.show(case_figures.levels_figure({f"feature {first.number} after layer {last}": closing.levels}), "12-parenthesis-levels",
+study.show(case_figures.levels_figure({f"feature {first.number} after layer {last}": closing.levels.replace({"open": "open, not closed next", "anything else": "nothing open"})}), "12-parenthesis-levels",
            claim=f"{first.wider:.0%} of the activation of feature {first.number} is where a parenthesis is open ({base['open']:.0%} of all tokens are), {first.share:.0%} where the next token closes it",
            alt=f"Stacked bars by level of activation: the share of active tokens at which a parenthesis is open and closed next, open, or not open. By activation {first.share:.0%}, "
                f"{first.wider - first.share:.0%} and {1 - first.wider:.0%}.")
@@ -293,14 +294,15 @@ left = float(sae.encode(effects.pin(sae, unit.number, 0.0)(x), [unit.number]).su
 print(f"w · d = {w_d:.2f}: subtracting the feature's part leaves {left:.0%} of its activation, moving back until it stops {float(sae.encode(stopped, [unit.number]).sum()):.1g}")
 
 # %% tags=["slow"]
-of_case = {"apostrophe": unit, "parenthesis": Unit(last, int(first.number))}
-compared = {case: edits.rank_one(run, case, which) for case, which in of_case.items()}
+of_case = {"apostrophe": Unit(last, int(top.number[last])), "parenthesis": Unit(last, int(first.number)), "apostrophe, early": Unit(1, int(top.number[1]))}
+compared = {case: edits.rank_one(run, case.split(",")[0], which) for case, which in of_case.items()}
 named = {"until it stops": "until the feature stops<br>(less than rank one)", "its part": "the feature's part", "rank one": "rank one, its direction", "LEACE": "LEACE (rank one)",
          "a dimension": "the dimension it reads most", "rank one, random": "rank one, random direction"}
 cell = {case: table.set_index("edit") for case, table in compared.items()}
 told = {case: f"{t.wanted['until it stops']:+.2f} nats where wanted, KL {t.collateral['until it stops']:.2g} elsewhere; rank one {t.wanted['rank one']:+.2f} and {t.collateral['rank one']:.2g}"
         for case, t in cell.items()}
-study.show(case_figures.edits_figure(compared, named), "12-rank-one", claim=f"Until the feature stops: {'; '.join(f'{case} {said}' for case, said in told.items())}",
+shown = {f"{case.split(',')[0]}, after layer {of_case[case].after}": table for case, table in compared.items()}
+study.show(case_figures.edits_figure(shown, named), "12-rank-one", claim=f"Moved until the feature stops: {told['apostrophe']}",
            alt="Six edits in rows, three panels: change of log-likelihood where it is wanted, KL divergence where the feature is inactive, and how far the stream is moved. "
                + " ".join(f"{case}: {said}." for case, said in told.items()))
 
@@ -309,10 +311,11 @@ for case, t in cell.items():
     least, full = t.loc["until it stops"], t.loc["rank one"]
     wanted = finite(least.wanted, least.wanted_low, least.wanted_high)
     ratio = finite(least.collateral / full.collateral, least.collateral_low / full.collateral_high, least.collateral_high / full.collateral_low) if full.collateral_low else (None,) * 3
-    row(f"12.rank_one.wanted.{case}", claim=f"Moving back until the {case} feature stops lowers the log-likelihood of what it is for", paper=None, paper_source="5 (less-than-rank-one ablation)",
+    key = case.replace(", ", "_")
+    row(f"12.rank_one.wanted.{key}", claim=f"Moving back until the {case.split(',')[0]} feature after layer {of_case[case].after} stops lowers the log-likelihood of what it is for", paper=None, paper_source="5 (less-than-rank-one ablation)",
         ours=wanted[0], low=wanted[1], high=wanted[2], seeds=1, verdict="not" if None in wanted or wanted[2] >= 0 else "reproduced",
         caveat=f"nats; the feature's part alone {t.wanted['its part']:+.2f}, rank one {full.wanted:+.2f}, LEACE {t.wanted['LEACE']:+.2f}, a random direction {t.wanted['rank one, random']:+.2f}")
-    row(f"12.rank_one.collateral.{case}", claim="Its KL where the feature is inactive, as a share of rank one's", paper=None, paper_source="5 (less-than-rank-one ablation)",
+    row(f"12.rank_one.collateral.{key}", claim="Its KL where the feature is inactive, as a share of rank one's", paper=None, paper_source="5 (less-than-rank-one ablation)",
         ours=ratio[0], low=ratio[1], high=ratio[2], seeds=1, verdict="not" if None in ratio or ratio[2] >= 1 else "reproduced",
         caveat=f"{least.collateral:.2g} against {full.collateral:.2g} nats; {least.untouched:.1%} of tokens are left exactly as they are; after layer {of_case[case].after} of {last}; cautious interval")
 
@@ -330,7 +333,7 @@ for case, t in cell.items():
 # feature a layer earlier?
 
 # %% tags=["slow"]
-roots = {"apostrophe": Unit(last, int(top.number[last])), "parenthesis": of_case["parenthesis"]}
+roots = {case: of_case[case] for case in ("apostrophe", "parenthesis")}
 trees = {case: causes.tree(run, case, root) for case, root in roots.items()}
 summary = {}
 for case, tree in trees.items():

@@ -156,7 +156,7 @@ def edits_figure(cases: dict[str, pd.DataFrame], names: dict[str, str]) -> go.Fi
     order = list(names)
     for i, (case, table) in enumerate(cases.items()):
         part = table.set_index("edit").reindex(order)
-        y = np.arange(len(order)) + (i - 0.5) * 0.24
+        y = np.arange(len(order)) + (i - (len(cases) - 1) / 2) * 0.22
         for col, (measure, _) in enumerate(panels, start=1):
             value, low, high = (part[f"{measure}{end}"] for end in ("", "_low", "_high"))
             if col > 1:
@@ -164,11 +164,13 @@ def edits_figure(cases: dict[str, pd.DataFrame], names: dict[str, str]) -> go.Fi
             exact = [EXACT if col > 1 and number == 0 else "" for number in part[measure]]
             fig.add_scatter(x=value, y=y, name=case, legendgroup=case, showlegend=col == 1, mode="markers+text", text=exact,
                             textposition="middle right", textfont={"size": 10}, row=1, col=col,
-                            marker={"color": COLOURS[i], "size": 10, "symbol": ("circle", "diamond")[i % 2]},
+                            marker={"color": COLOURS[i], "size": 10, "symbol": ("circle", "diamond", "square")[i % 3]},
                             error_x={"array": high - value, "arrayminus": value - low, "thickness": 1.2})
-    fig.update_yaxes(tickvals=np.arange(len(order)), ticktext=[names[edit] for edit in order], range=[len(order) - 0.5, -0.5])
+    fig.update_yaxes(tickvals=np.arange(len(order)), ticktext=[names[edit] for edit in order], range=[len(order) - 0.5, -0.5],
+                     zeroline=False)
     for col in (2, 3):
-        fig.update_xaxes(type="log", dtick=1, exponentformat="power", row=1, col=col)
+        fig.update_xaxes(type="log", dtick=1, exponentformat="power", tickangle=0, row=1, col=col)
+    fig.update_xaxes(dtick=2, row=1, col=2)
     return fig.update_layout(width=1100, height=520, legend={"orientation": "h", "y": -0.12, "yanchor": "top"})
 
 
@@ -206,12 +208,12 @@ def tree_figure(tree: pd.DataFrame, vocabulary: Sequence[bytes], raises: Callabl
                            bgcolor="rgba(255,255,255,0.8)", borderpad=0)
     first = int(nodes.after.min())
     for row in nodes.itertuples():
-        lines = [f"<b>{row.feature}</b>", token_list([vocabulary[t] for t in row.fires_on[:4]], 26, spelled)]
+        lines = [f"<b>{row.feature}</b>", token_list([vocabulary[t] for t in row.fires_on[:4]], 30, _bracketed)]
         if row.parent < 0 and raises is not None:
             lines.append(raises(row.feature))
         beside = {"xanchor": "right", "xshift": -12, "text": "  ".join(lines)}
         above = {"xanchor": "center", "yshift": 14 + 8 * len(lines), "text": "<br>".join(lines)}
-        fig.add_annotation(x=row.after, y=heights[row.node], showarrow=False, font={"size": 11},
+        fig.add_annotation(x=row.after, y=heights[row.node], showarrow=False, font={"size": 13},
                            **(beside if row.after == first else above))
     same = nodes.cosine > 0.7
     for chosen, name, colour, symbol in ((same, "points the way of what it causes (cosine above 0.7)", COLOURS[1], "diamond"),
@@ -228,6 +230,12 @@ def tree_figure(tree: pd.DataFrame, vocabulary: Sequence[bytes], raises: Callabl
     fig.update_yaxes(visible=False, range=[leaves - 0.3, -1.1])
     below = {"orientation": "h", "y": -0.1, "yanchor": "top"}
     return fig.update_layout(width=1100, height=160 + 40 * max(leaves, 6), legend=below)
+
+
+def _bracketed(token: bytes) -> str:
+    """A token as in `spelled`, but no quotation mark is lost among quotation marks."""
+    text = spelled(token)
+    return f"‹{text[1:-1]}›" if text[0] in "'\"" else text
 
 
 def _told(row) -> str:

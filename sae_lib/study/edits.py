@@ -31,7 +31,7 @@ def rank_one(study: Study, case: str, unit: Unit) -> pd.DataFrame:
     def make(out: Path, _: Path) -> None:
         _compare_edits(study, case, unit).to_json(out / "edits.json", orient="records")
 
-    artefact = study.store.stage(f"case_rank_one_{case}", config, make, inputs=cases.inputs(study))
+    artefact = study.store.stage(f"case_rank_one_{case}_{unit.after}", config, make, inputs=cases.inputs(study))
     return pd.read_json(artefact.path / "edits.json", orient="records")
 
 

@@ -44,7 +44,7 @@ class DeepSizes:
     case_places: int = 400  # tokens at which effects on the logits are averaged
     tree_branches: tuple[int, ...] = (4, 3)  # causes that are drawn of the target, and of each of these
     tree_places: int = 20  # contexts that rank causes, and as many others that measure them
-    surveyed: int = 24  # features of each layer whose causes are looked for
+    surveyed: int = 12  # features of each layer whose causes are looked for
 
 
 @dataclass(frozen=True)
