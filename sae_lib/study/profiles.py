@@ -42,6 +42,17 @@ class DeepSizes:
 
 
 @dataclass(frozen=True)
+class OwnSizes:
+    """Sizes of notebook 13: of a model that was trained elsewhere. A dictionary that is trained here has `DeepSizes`' recipe."""
+
+    n_tokens: int = 3_000_000  # of the corpus, by that model's tokenizer
+    n_ctx: int = 256
+    n_activations: int = 2_000_000  # that a dictionary is trained on
+    held_out_contexts: int = 256
+    prompts: int = 128  # for steering
+
+
+@dataclass(frozen=True)
 class Profile:
     """Every size and hyperparameter of one scale of the study."""
 
@@ -64,6 +75,7 @@ class Profile:
     bootstrap: int  # draws
     toy: ToySizes = ToySizes()
     deep: DeepSizes = DeepSizes()
+    own: OwnSizes = OwnSizes()
 
     @property
     def d_sae(self) -> int:
@@ -127,6 +139,7 @@ SMOKE = replace(
         transformer=TransformerConfig(n_tokens=300_000, n_layers=3, d_vocab=1024, n_ctx=64, d_model=64, n_heads=2, d_mlp=128),
         dictionary=TrainConfig(n_activations=80_000, batch_size=512, l1_coefficient=1.0, lr=1e-3, birth_density=0.01,
                                resample_inputs=8192), expansion=4),
+    own=OwnSizes(n_tokens=300_000, n_ctx=64, n_activations=50_000, held_out_contexts=64, prompts=16),
 )
 
 PAPER = replace(
@@ -150,6 +163,7 @@ PAPER = replace(
     # The sizes of Cunningham et al.'s toy data.
     toy=ToySizes(truth=FeatureConfig(d_in=256, n_features=512, active=5.0),
                  training=replace(ToySizes.training, n_activations=16_000_000, batch_size=4096, lr=1e-3)),
+    own=OwnSizes(n_tokens=500_000_000, n_ctx=1024, n_activations=200_000_000, held_out_contexts=2048, prompts=1024),
 )
 
 PROFILES = {profile.name: profile for profile in (SMOKE, WORKSHOP, PAPER)}
