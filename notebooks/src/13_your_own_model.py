@@ -15,11 +15,11 @@
 # a dictionary; train a dictionary or read a published one, and check that it is what it says; put honest numbers beside it; read
 # some of its features; push on them; and save the dictionary so that others can load it.
 #
-# **Needs** nothing: `MODEL = ""` takes the study's own model of several layers, without a network. **Makes** five figures and the rows 13 of the
-# scorecard. **Time**: 15 minutes to read.
+# **Needs** nothing: `MODEL = ""` takes the study's own model of several layers, without a network. **Makes** five figures and the
+# rows 13 of the scorecard. **Time**: 15 minutes to read.
 #
-# To make it yours, change three lines below, or from a shell:
-# `python -m sae_lib.study run --only 13 --help` says how to set parameters. For example:
+# To make it yours, change three lines below, or run `python -m sae_lib.study run --only 13 -p MODEL=models/mine -p LAYER=3`. For
+# example:
 #
 # | | `MODEL` | `LAYER` | `DICTIONARY` |
 # |---|---|---|---|

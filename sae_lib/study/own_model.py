@@ -89,10 +89,16 @@ def fetch(repo: str, patterns: list[str], ignore: list[str], what: str) -> Path:
     return folder
 
 
+def _folder(name: str) -> Path | None:
+    """The folder of this name, if it is there: seen from the working directory or from the study's own folder."""
+    places = (Path(name).expanduser(), paths.root() / name)
+    return next((place.resolve() for place in places if place.is_dir()), None)
+
+
 def _model_folder(name: str) -> Path:
     """The folder of a model in Hugging Face's layout: one that is there, or one of the hub."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser().resolve()
+    if found := _folder(name):
+        return found
     repo = name.removeprefix("hf:")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith("."):
         raise StudyError(f"There is no folder {name}; give MODEL a folder with a model, or the name of one on the hub.")
@@ -102,9 +108,9 @@ def _model_folder(name: str) -> Path:
 def _dictionary_folder(source: str) -> Path:
     """The folder of a dictionary: one that is there, or hf:OWNER/NAME/path/in/repository."""
     if not source.startswith("hf:"):
-        if not Path(source).expanduser().is_dir():
-            raise StudyError(f"There is no folder {source}; give DICTIONARY a folder with a dictionary, or hf:OWNER/NAME/path.")
-        return Path(source).expanduser()
+        if found := _folder(source):
+            return found
+        raise StudyError(f"There is no folder {source}; give DICTIONARY a folder with a dictionary, or hf:OWNER/NAME/path.")
     owner, _, rest = source.removeprefix("hf:").strip("/").partition("/")
     name, _, inside = rest.partition("/")
     if not name:
