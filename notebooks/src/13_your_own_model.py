@@ -140,10 +140,10 @@ fig = make_subplots(cols=3, subplot_titles=list(numbers["dictionary"])[:3], shar
 for column, what in enumerate(list(numbers["dictionary"])[:3], start=1):
     for (name, each), colour in zip(numbers.items(), COLOURS, strict=False):
         value, low, high = each[what]
-        fig.add_bar(x=[name], y=[value], name=name, marker_color=colour, showlegend=False, row=1, col=column,
+        fig.add_bar(x=[""], y=[value], name=name, marker_color=colour, showlegend=column == 1, legendgroup=name, row=1, col=column,
                     error_y=dict(array=[high - value], arrayminus=[value - low]))
 fig.update_yaxes(tickformat=".0%")
-fig.update_layout(width=1000, height=460)
+fig.update_layout(width=1000, height=460, legend=dict(orientation="h", y=-0.08))
 told = {name: f"{name} {each['loss recovered (zero)'].value:.1%}" for name, each in numbers.items()}
 best = max(list(numbers)[1:], key=lambda name: numbers[name]["loss recovered (zero)"].value)
 study.show(fig, "13-quality", claim=f"With {l0.value:.3g} numbers a token the dictionary recovers {numbers['dictionary']['loss recovered (zero)'].value:.1%} of the loss, the {best} "
@@ -214,16 +214,17 @@ cards = [own_cards.card(own, sae, LAYER, skip, table, unit) for unit in own_card
 display(HTML(own_cards.page(cards)))
 
 # %% [markdown]
-# What they write, measured rather than read off the weights: at a feature's strongest tokens, by how many nats its presence raises the
-# log-probability of each next token, through all later layers. (In the study's one-layer model the path from a feature to the logits is one
+# What they write, measured rather than read off the weights: at a feature's strongest tokens, by how much its presence raises the
+# probability of each next token, through all later layers. (In the study's one-layer model the path from a feature to the logits is one
 # matrix. Here it is not.)
 
 # %%
 raised = {each.feature: own_cards.spelled(own, each.raised[:3]) for each in cards}
 strongest = max(cards, key=lambda each: np.nanmax(each.effect))
 study.show(own_cards.effects_figure(own, cards), "13-effects",
-           claim=f"What features raise most, on average over their strongest tokens: up to {np.nanmax(strongest.effect):.1f} nats (feature {strongest.feature})",
-           alt="For each feature, with the commonest domain of its strongest tokens, bars of the ten next tokens that it raises most, in nats. The first three: "
+           claim=f"At its strongest tokens feature {strongest.feature} adds {np.nanmax(strongest.effect):.1%} to the probability of "
+                 f"{raised[strongest.feature][0]}, more than any other of the {len(cards)} to any token",
+           alt="For each feature, with the commonest domain of its strongest tokens, bars of the ten next tokens whose probability it raises most. The first three: "
                + "; ".join(f"{feature}: {', '.join(tokens)}" for feature, tokens in raised.items()) + ".")
 
 # %% [markdown]

@@ -18,11 +18,11 @@ from sae_lib.evaluate import Text
 from sae_lib.features import ENDS, column, densities
 from sae_lib.sae import SAE
 from sae_lib.seeds import generator, numpy_generator
+from sae_lib.study import diagrams
 from sae_lib.study.figures import COLOURS
 from sae_lib.study.own_model import Own
 from sae_lib.study.panels import AROUND, example_html
 from sae_lib.study.tables import flat
-from sae_lib.token_classes import quoted
 
 SHOWN = 6  # examples of a card
 RAISED = 10  # tokens that a feature raises most
@@ -40,7 +40,7 @@ class Card(NamedTuple):
     places: np.ndarray
     """Its strongest tokens in flat order, strongest first."""
     effect: np.ndarray
-    """[d_vocab] nats that it adds to the log-probability of each next token at those places, on average; nan for unused ones."""
+    """[d_vocab] what it adds to the probability of each next token at those places, on average; nan for unused ones."""
     lines: list[str]
     """Its strongest examples as HTML."""
     domain: str
@@ -74,7 +74,7 @@ def card(own: Own, sae: SAE, after: int, skip: Skip, table: csc_array, feature: 
     contexts, at = text.contexts[places // n_ctx].long(), torch.from_numpy(places % n_ctx).long()
     edits = {"with": None, "without": skip.sparing(contexts, effects.pin(sae, feature, 0.0))}
     expected = residual.next_token_log_probabilities(own.model, contexts, at, edits, after)
-    effect = (expected["with"] - expected["without"]).mean(0).masked_fill(~own.used, torch.nan).numpy()
+    effect = (expected["with"].exp() - expected["without"].exp()).mean(0).masked_fill(~own.used, torch.nan).numpy()
     domains = flat(text.domains)[places]
     most = int(np.bincount(domains).argmax())
     maximum = float(values.max())
@@ -110,7 +110,7 @@ def page(cards: list[Card]) -> str:
 
 def spelled(own: Own, tokens: np.ndarray) -> list[str]:
     """Tokens as labels of a figure."""
-    return [html.escape(quoted(own.vocabulary[t])) for t in tokens.tolist()]
+    return [html.escape(diagrams.spelled(own.vocabulary[t])) for t in tokens.tolist()]
 
 
 # --- steering --------------------------------------------------------------------------------------------------------
@@ -179,15 +179,18 @@ def norm_figure(lengths: dict[int, Tensor], skip: Skip, after: int) -> go.Figure
         fig.add_scatter(x=np.arange(length.shape[1]), y=length.median(0).values.numpy(), mode="lines+markers",
                         name=f"after {layers}" + (" (read here)" if layers == after else ""), marker={"size": 3},
                         line={"color": colour, "width": 3 if layers == after else 1.5})
-    fig.add_hline(y=skip.above, line_dash="dash", line_color="#777777", annotation_text="longer is a sink and left out")
+    fig.add_hline(y=skip.above, line_dash="dash", line_color="#777777", annotation_text="longer is a sink, left out",
+                  annotation_position="bottom right")
+    ticks = [10.0 ** power * step for power in range(-2, 6) for step in (1, 3)]
     fig.update_xaxes(title="position in the context")
-    return fig.update_yaxes(title="median length (log scale)", type="log", nticks=6).update_layout(legend_title="layers")
+    fig.update_yaxes(title="median length (log scale)", type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    return fig.update_layout(legend_title="layers")
 
 
 def effects_figure(own: Own, cards: list[Card]) -> go.Figure:
     """A panel a feature: the tokens that it raises most on its own strongest examples."""
     columns = min(3, len(cards))
-    fig = make_subplots(rows=-(-len(cards) // columns), cols=columns, horizontal_spacing=0.13, vertical_spacing=0.12,
+    fig = make_subplots(rows=-(-len(cards) // columns), cols=columns, horizontal_spacing=0.13, vertical_spacing=0.13,
                         subplot_titles=[f"{each.feature}: {html.escape(each.domain)} {each.domain_share:.0%}" for each in cards])
     for i, each in enumerate(cards):
         row, col = (place + 1 for place in divmod(i, columns))
@@ -197,7 +200,9 @@ def effects_figure(own: Own, cards: list[Card]) -> go.Figure:
         # As tick labels, for two different tokens may look alike.
         fig.update_yaxes(tickvals=np.arange(len(order)), ticktext=spelled(own, order), tickfont={"size": 11}, row=row,
                          col=col)
-    fig.update_xaxes(title="nats", nticks=5)
+    fig.update_xaxes(tickformat=".1%", nticks=4)
+    for col in range(1, columns + 1):
+        fig.update_xaxes(title="probability added", row=-(-len(cards) // columns), col=col)
     return fig.update_layout(height=120 + 270 * -(-len(cards) // columns), width=1000)
 
 
