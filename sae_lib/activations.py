@@ -7,12 +7,14 @@ the batch that one alone would have, and no activation travels between them. On 
 waits for it between one batch and the next.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lib import residual
@@ -36,25 +38,52 @@ class StreamConfig:
     seed: int = 0
 
 
+class Skip(NamedTuple):
+    """Positions that are neither trained on nor counted. Models that were trained elsewhere have more of them than the study's:
+    special tokens of their own, and *sinks*, first positions above all, whose activations are tens of times longer than others.
+    """
+
+    tokens: tuple[int, ...] = (0,)
+    """Ids of special tokens; the study's own models have end-of-text."""
+    first: int = 0
+    """So many positions at the start of every context."""
+    above: float = math.inf
+    """Activations longer than this."""
+
+    def mask(self, tokens: Int[Tensor, "batch pos"],
+             acts: Float[Tensor, "batch pos d_in"] | None = None) -> Bool[Tensor, "batch pos"]:
+        """Whether each position is skipped; without activations only by its token and its place."""
+        found = torch.isin(tokens, torch.tensor(self.tokens, device=tokens.device))
+        found[:, :self.first] = True
+        return found if acts is None or math.isinf(self.above) else found | (acts.float().norm(dim=-1) > self.above)
+
+    def sparing(self, tokens: Int[Tensor, "batch pos"], edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The edit of activations [batch, pos, d_in] that leaves skipped positions of these contexts as they are."""
+        return lambda acts: torch.where(self.mask(tokens, acts)[..., None], acts, edit(acts))
+
+
 class ActivationStream:
     """Shuffled batches of activations, harvested chunk by chunk as training consumes them: of the last layer's MLP, or of the
     residual stream `after` so many layers.
 
-    Within a pass over the text no row comes twice. `END_OF_TEXT` positions are drawn last and so, in practice, never.
+    Within a pass over the text no row comes twice. Positions to skip are drawn last and so, in practice, never.
     """
 
     END_OF_TEXT = 0
 
     def __init__(self, model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"], batch_size: int, config: StreamConfig,
-                 processes: Processes = ALONE, device: torch.device | str = "cpu", after: int | None = None):
-        self.model, self.contexts, self.batch_size, self.config, self.after = model, contexts, batch_size, config, after
+                 processes: Processes = ALONE, device: torch.device | str = "cpu", after: int | None = None,
+                 skip: Skip = Skip()):
+        self.model, self.contexts, self.batch_size, self.config = model, contexts, batch_size, config
+        self.after, self.skip = after, skip
         self.n_ctx = contexts.shape[1]
         self.kept = min(config.tokens_per_context, self.n_ctx)
         self.chunk_contexts = min(config.chunk_contexts, len(contexts))
         self.chunks_per_pass = len(contexts) // max(1, self.chunk_contexts)
         self.batches_per_chunk = self.chunk_contexts * self.kept // batch_size
         self.device, self.dtype = torch.device(device), low_precision(device)
-        self.parameters = {name: p.detach().to(self.device, self.dtype) for name, p in parameters(model).items()}
+        own = parameters(model) if residual.is_own(model) else {}  # others run as they are
+        self.parameters = {name: p.detach().to(self.device, self.dtype) for name, p in own.items()}
         if not self.batches_per_chunk:
             raise StudyError(f"{len(contexts)} contexts give fewer activations than one batch of {batch_size}; use "
                              "more text or a smaller batch.")
@@ -124,8 +153,14 @@ class ActivationStream:
 
         def run(start: int) -> None:
             few = slice(start, start + at_once)
-            keep = keys[few].masked_fill(tokens[few] == self.END_OF_TEXT, 2.0).topk(self.kept, largest=False).indices
-            rows[few] = residual.activations(self.model, tokens[few].long(), self.after, keep, self.parameters)
+            wanted = lambda skipped: keys[few].masked_fill(skipped, 2.0).topk(self.kept, largest=False).indices
+            harvest = lambda keep=None: residual.activations(self.model, tokens[few].long(), self.after, keep, self.parameters)
+            if math.isinf(self.skip.above):  # what is not kept then need not be computed to the end
+                rows[few] = harvest(wanted(self.skip.mask(tokens[few])))
+            else:
+                acts = harvest()
+                keep = wanted(self.skip.mask(tokens[few], acts))
+                rows[few] = acts.gather(1, keep[..., None].expand(-1, -1, acts.shape[-1])).to(self.dtype)
 
         in_parallel(run, [(start,) for start in range(0, len(chosen), at_once)])
         return rows.flatten(0, 1)

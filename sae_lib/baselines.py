@@ -16,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from sae_lib.errors import StudyError
+from sae_lib.sae import SAE, SAEConfig, TopKSAE
 from sae_lib.seeds import generator, numpy_generator
 
 
@@ -56,6 +57,22 @@ def ica(sample: Float[Tensor, "n d_mlp"], n_units: int, seed: int = 0, max_iter:
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = FastICA(n_units, whiten="unit-variance", max_iter=max_iter, random_state=state).fit(sample.numpy())
     return _projection(sample, found.components_.T, found.mixing_.T, found.mean_)
+
+
+def as_dictionary(found: Projection, k: int | None = None) -> SAE:
+    """Orthonormal components as a dictionary, to be evaluated like any other: a feature for each side of each component.
+
+    One side of each is active, so L0 is the number of components and the reconstruction is the projection on them; with `k` the
+    k largest of a token are kept, whichever they are.
+    """
+    directions, write = torch.cat([found.directions, -found.directions], 1), torch.cat([found.write, -found.write])
+    config = SAEConfig(*directions.shape, model_name="components", hook_name="")
+    sae = SAE(config) if k is None else TopKSAE(config, k)
+    with torch.no_grad():
+        for value, given in ((sae.W_enc, directions), (sae.W_dec, write), (sae.b_dec, found.mean)):
+            value.copy_(given)
+        sae.b_enc.zero_()
+    return sae.requires_grad_(False)
 
 
 def _check(sample: Tensor, n_units: int) -> None:

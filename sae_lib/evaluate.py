@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lib import residual
-from sae_lib.activations import ActivationStream
+from sae_lib.activations import Skip
 from sae_lib.features import BATCH_CONTEXTS, pearson_sums
 from sae_lib.metrics import Interval, bootstrap_interval, explained_share, pearson_from_sums, recovered_share
 from sae_lib.sae import SAE
@@ -74,33 +74,40 @@ def _batches(text: Text, description: str) -> Iterator[Text]:
         yield Text(contexts.long(), documents, domains)
 
 
-def mean_activation(model: Transformer, text: Text, after: int | None = None) -> Float[Tensor, " d_in"]:
-    """The mean activation over all tokens: of the last layer's MLP, or of the residual stream `after` so many layers."""
-    batches = _batches(text, "mean activation")
-    total = sum(residual.activations(model, batch.contexts, after).double().sum((0, 1)) for batch in batches)
-    return (total / text.contexts.numel()).float()
+def mean_activation(model: Transformer, text: Text, after: int | None = None, skip: Skip | None = None) -> Float[Tensor, " d_in"]:
+    """The mean activation over all tokens, or those not to `skip`: of the last layer's MLP, or of the residual stream `after` so
+    many layers.
+    """
+    total, n = torch.zeros(residual.width(model, after), dtype=torch.float64), 0
+    for batch in _batches(text, "mean activation"):
+        acts = residual.activations(model, batch.contexts, after)
+        acts = acts.flatten(0, 1) if skip is None else acts[~skip.mask(batch.contexts, acts)]
+        total, n = total + acts.double().sum(0), n + len(acts)
+    return (total / n).float()
 
 
 @torch.no_grad()
 def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None, known: HeldOut | None = None,
-                  after: int | None = None) -> HeldOut:
+                  after: int | None = None, skip: Skip | None = None) -> HeldOut:
     """Run the model over held-out text: untouched, ablated to zero and to the mean, and with the dictionary if one is given.
 
-    What is ablated or rebuilt is the last layer's MLP activations, or the residual stream `after` so many layers. `known` is what
-    was found with another dictionary on the same text and there: what both have in common is most of the work, and is taken from
-    it.
+    What is ablated or rebuilt is the last layer's MLP activations, or the residual stream `after` so many layers. Positions to
+    `skip` are left as they are, under every ablation alike, and are not counted; unless told, everything is edited and
+    end-of-text is not counted. `known` is what was found with another dictionary on the same text and there: what both have in
+    common is most of the work, and is taken from it.
     """
-    mean = mean_activation(model, text, after) if known is None else None
+    mean = mean_activation(model, text, after, skip) if known is None else None
     fired = torch.zeros(len(sae.W_dec) if sae else 0, dtype=torch.int64)
     rows: list[dict[str, Tensor]] = []
     for batch in _batches(text, "held-out pass"):
         edits: dict[str, Callable | None] = {}
         if known is None:
             edits |= {"clean": None, "zero": torch.zeros_like, "mean": lambda acts: mean.expand_as(acts)}
-        keep = batch.contexts[:, :-1] != ActivationStream.END_OF_TEXT
+        acts = residual.activations(model, batch.contexts, after) if sae or skip else None
+        skipped = (skip or Skip()).mask(batch.contexts, acts)
+        keep = ~skipped[:, :-1]
         values = {"document": batch.documents}
         if sae:
-            acts = residual.activations(model, batch.contexts, after)
             output = sae(acts)
             edits["dictionary"] = lambda _, output=output: output.reconstruction
             active = output.features > 0
@@ -110,6 +117,8 @@ def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None, known:
                        "written": written.square().sum(-1), "fit": (written * (acts - sae.b_dec)).sum(-1)}
             if known is None:
                 values["spread"] = (acts - mean).square().sum(-1)
+        if skip:
+            edits = {name: edit and skip.sparing(batch.contexts, edit) for name, edit in edits.items()}
         losses = residual.losses(model, batch.contexts, edits, after)
         rows.append({name: value[:, :-1][keep] for name, value in values.items()} | {n: loss[keep] for n, loss in losses.items()})
     columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lib import residual
-from sae_lib.activations import ActivationStream
+from sae_lib.activations import Skip
 from sae_lib.errors import StudyError
 from sae_lib.metrics import Interval, bootstrap_interval, pearson_from_sums, share_interval
 from sae_lib.seeds import numpy_generator
@@ -29,28 +29,25 @@ ENCODED_ROWS = 1024  # tokens encoded at once: their units stay in cache
 # Examples of the top and of the bottom interval, and of each of those between.
 ENDS, EXAMPLES, LEVELS = 20, 5, 11
 SUBSAMPLE = 1000
-# A label or a proxy's score of each token.
-Target = Float[np.ndarray, " n_tokens"] | Bool[np.ndarray, " n_tokens"]
+Target = Float[np.ndarray, " n_tokens"] | Bool[np.ndarray, " n_tokens"]  # a label or a proxy's score of each token
 
 # --- the unit table --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def activation_table(model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"],
-                     encode: Callable[[Tensor], Tensor], after: int | None = None) -> csc_array:
+                     encode: Callable[[Tensor], Tensor], after: int | None = None, skip: Skip = Skip()) -> csc_array:
     """The unit table of contexts; `encode` maps activations [n, d_in] to those of units [n, n_units], none negative.
 
-    What is encoded is the last layer's MLP activations, or the residual stream `after` so many layers.
-
+    What is encoded is the last layer's MLP activations, or the residual stream `after` so many layers; rows to `skip` are empty.
     A table takes 8 bytes an activation above 0; making it, four times that. Raises StudyError if there is no text.
     """
     found, n_units = [], 0
     for i, batch in enumerate(tqdm(contexts.split(BATCH_CONTEXTS), desc="unit table", unit="batch", leave=False, mininterval=2)):
-        batch = batch.long()
-        kept = (batch.flatten() != ActivationStream.END_OF_TEXT).nonzero()[:, 0]
-        acts = residual.activations(model, batch, after).flatten(0, 1)[kept]
+        acts = residual.activations(model, batch := batch.long(), after)
+        kept = (~skip.mask(batch, acts)).flatten().nonzero()[:, 0]
         rows = kept.cpu().numpy() + i * BATCH_CONTEXTS * contexts.shape[1]
         for start in range(0, len(rows), ENCODED_ROWS):
-            part = encode(acts[start:start + ENCODED_ROWS]).float().cpu().numpy()
+            part = encode(acts.flatten(0, 1)[kept[start:start + ENCODED_ROWS]]).float().cpu().numpy()
             n_units, place = part.shape[1], np.flatnonzero(part > 0)
             row, unit = np.divmod(place, n_units)
             found.append((part.ravel()[place], rows[start + row].astype(np.int32), unit.astype(np.int32)))

@@ -20,6 +20,7 @@ characters in pieces, and scripts share the pieces: by the paper's rule a piece 
 to the rest of its character. `in_place` is our own stricter reading, which asks for the character itself.
 """
 
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -72,16 +73,32 @@ PROXIES = (*ALPHABETS, *SCRIPTS)
 
 
 def token_bytes(tokenizer: Tokenizer) -> Vocabulary:
-    """The bytes of every token of a tokenizer of characters with bytes to fall back on, by id; none for special tokens.
+    """The bytes of every token, by id; none for special tokens and unused ids.
 
-    Raises StudyError if the tokenizer is of another kind.
+    Of a tokenizer of characters with bytes to fall back on, as the study's own and SentencePiece's, or of one of bytes, as those
+    of GPT-2 and Pythia. Raises StudyError if it is of another kind.
     """
-    tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    tokens = [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
+    added = {i: b"" if token.special else token.content.encode() for i, token in tokenizer.get_added_tokens_decoder().items()}
+    how = json.dumps(json.loads(tokenizer.to_str())["decoder"], ensure_ascii=False)
     byte = {f"<0x{i:02X}>": bytes([i]) for i in range(256)}
-    if not byte.keys() <= set(tokens):
-        raise StudyError("The tokenizer has no tokens for single bytes to fall back on; use one of `tokens.train_tokenizer`.")
-    special = tokenizer.get_added_tokens_decoder()
-    return [b"" if i in special else byte.get(token, token.encode()) for i, token in enumerate(tokens)]
+    if '"ByteLevel"' in how:
+        value = {character: i for i, character in enumerate(_byte_characters())}
+        spell = lambda token: bytes(value[character] for character in token)
+    elif byte.keys() <= set(tokens):
+        blank = "\u2581" if "\u2581" in how else " "  # SentencePiece's sign for a space
+        spell = lambda token: byte.get(token, token.replace(blank, " ").encode())
+    else:
+        raise StudyError("The tokenizer has no tokens for single bytes, to fall back on or to begin with; use one that has, as "
+                         "have those of `tokens.train_tokenizer` and of GPT-2.")
+    return [added[i] if i in added else spell(token) for i, token in enumerate(tokens)]
+
+
+def _byte_characters() -> list[str]:
+    """The printable character by which byte-level tokenizers write each byte."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (chr(code) for code in range(256, 512))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
 
 
 def proxy(name: str, contexts: Int[Tensor, "n_contexts n_ctx"], vocabulary: Vocabulary,

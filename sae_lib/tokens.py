@@ -171,15 +171,16 @@ def assign_splits(domains: list[str], sources: list[str], lengths: Int[np.ndarra
     return split
 
 
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer,
-             budgets: Mapping[str, int]) -> Iterator[tuple[str, str, UInt16[np.ndarray, " tokens"]]]:
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, budgets: Mapping[str, int],
+             begin: int) -> Iterator[tuple[str, str, UInt16[np.ndarray, " tokens"]]]:
     """(domain, source, tokens) of documents until each domain's budget is spent; no document gets more than an eighth of it."""
     left, documents = dict(budgets), iter(documents)
     _plain(tokenizer)
     while batch := list(islice(documents, 512)):
         wanted = [document for document in batch if left.get(document.domain, 1) > 0]
-        for document, encoding in zip(wanted, tokenizer.encode_batch_fast([document.text for document in wanted]), strict=True):
-            ids = np.array([0, *encoding.ids], dtype=np.uint16)
+        encodings = tokenizer.encode_batch_fast([document.text for document in wanted], add_special_tokens=False)
+        for document, encoding in zip(wanted, encodings, strict=True):
+            ids = np.array([begin, *encoding.ids], dtype=np.uint16)
             if document.domain in left:
                 cut = ids[:min(left[document.domain], budgets[document.domain] // 8)]
                 if len(cut) < min(len(ids), SHORTEST_CUT):
@@ -190,11 +191,12 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer,
 
 
 def tokenise(documents: Iterable[Document], tokenizer: Tokenizer, config: TokenConfig, out: Path,
-             budgets: Mapping[str, int] | None = None) -> None:
+             budgets: Mapping[str, int] | None = None, begin: int = 0) -> None:
     """Writes the documents' tokens, split by document and shuffled within each split, to the folder `out` (see TokenData).
 
-    `budgets`: the most tokens of a domain (`corpus.budgets`); domains that are not in it are taken whole. Memory does not grow
-    with the text, only with the number of documents. Raises StudyError if a split has less than one context.
+    `budgets`: the most tokens of a domain (`corpus.budgets`); domains that are not in it are taken whole. `begin`: the token that
+    begins each document; no other special token is added. Memory does not grow with the text, only with the number of documents.
+    Raises StudyError if a split has less than one context.
     """
     if tokenizer.get_vocab_size() > 2**16:
         raise StudyError(f"a vocabulary of {tokenizer.get_vocab_size()} does not fit in 16 bits: make it 65,536 or less")
@@ -202,7 +204,7 @@ def tokenise(documents: Iterable[Document], tokenizer: Tokenizer, config: TokenC
     domains, sources, lengths = [], [], []
     unordered = out / "unordered.bin"
     with unordered.open("wb") as file:
-        for domain, source, ids in tqdm(_encoded(documents, tokenizer, budgets or {}), desc="tokenise", unit=" documents"):
+        for domain, source, ids in tqdm(_encoded(documents, tokenizer, budgets or {}, begin), desc="tokenise", unit=" documents"):
             domains.append(domain)
             sources.append(source)
             lengths.append(len(ids))
@@ -244,8 +246,9 @@ def tokenise(documents: Iterable[Document], tokenizer: Tokenizer, config: TokenC
 class TokenData:
     """A tokenised corpus on disk; nothing is read before it is asked for.
 
-    Of each split: `SPLIT.tokens.bin`, uint16, documents one after another, each begun by token 0, cut to whole contexts;
-    `SPLIT.lengths.npy` and `SPLIT.labels.npy`, tokens and domain of each document; `tokenizer.json`, `meta.json`, `table.csv`.
+    Of each split: `SPLIT.tokens.bin`, uint16, documents one after another, each begun by token 0 or another, cut to whole
+    contexts; `SPLIT.lengths.npy` and `SPLIT.labels.npy`, tokens and domain of each document; `tokenizer.json`, `meta.json`,
+    `table.csv`.
     """
 
     path: Path

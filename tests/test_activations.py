@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
-from sae_lib.activations import ActivationStream, Harvest, StreamConfig
+from sae_lib.activations import ActivationStream, Harvest, Skip, StreamConfig
 from sae_lib.errors import StudyError
 from sae_lib.transformer import TransformerConfig, build, mlp_activations
 
@@ -38,6 +38,32 @@ def test_a_pass_has_no_repeated_row_and_no_end_of_text(stream):
     assert n == 18
     assert len(rows(one_pass)) == 360
     assert rows(one_pass) <= allowed
+
+
+def test_what_is_skipped():
+    tokens, acts = torch.tensor([[7, 2, 0, 3], [1, 7, 4, 4]]), torch.ones(2, 4, 2)
+    acts[1, 3] = torch.tensor([3.0, 4.0])
+    assert Skip().mask(tokens, acts).nonzero().tolist() == [[0, 2]]
+    assert Skip((7, 3), first=1).mask(tokens).nonzero().tolist() == [[0, 0], [0, 3], [1, 0], [1, 1]]
+    assert Skip((), above=4.9).mask(tokens, acts).nonzero().tolist() == [[1, 3]]
+    assert not Skip((), above=4.9).mask(tokens).any() and not Skip((), above=5.1).mask(tokens, acts).any()
+    edited = Skip((7,), above=4.9).sparing(tokens, torch.zeros_like)(acts)
+    assert (edited != 0).any(-1).nonzero().tolist() == [[0, 0], [1, 1], [1, 3]]
+
+
+def test_a_pass_has_nothing_that_is_to_be_skipped(stream):
+    """By token, place and length; with the limit no activation is in the way, rows are the same as without one."""
+    lengths = mlp_activations(stream.model, stream.contexts.long()).norm(dim=-1)
+    limit = lengths.quantile(0.9).item()
+    config = StreamConfig(tokens_per_context=6, chunk_contexts=8)
+    skip = Skip((0,), first=2, above=limit)
+    given = ActivationStream(stream.model, stream.contexts, 16, config, skip=skip)
+    batches = list(islice(given.batches(), given.activations_per_pass // 16))
+    acts = mlp_activations(stream.model, stream.contexts.long(), None, given.parameters).float()
+    assert rows(batches) <= rows([acts[~skip.mask(stream.contexts, acts)]])
+    far, none = (ActivationStream(stream.model, stream.contexts, 16, config, skip=Skip(above=limit))
+                 for limit in (1e9, float("inf")))
+    assert torch.equal(next(far.batches()), next(none.batches()))
 
 
 def test_a_batch_mixes_contexts(stream):

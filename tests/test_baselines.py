@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lib.baselines import ica, pca, random_directions
+from sae_lib.baselines import as_dictionary, ica, pca, random_directions
 from sae_lib.errors import StudyError
 
 
@@ -20,6 +20,21 @@ def test_pca_is_the_spectrum_with_the_skewed_side_kept(sample):
     assert ((scores**3).mean(0) > 0).all()
     torch.testing.assert_close(found.encode(sample), scores.clamp_min(0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(scores @ found.write, centred, atol=1e-4, rtol=1e-4)
+
+
+def test_components_as_a_dictionary(sample):
+    """The first k rebuild the projection on them; of all of them the largest k can only be nearer."""
+    found = as_dictionary(pca(sample, 2))(sample)
+    centred = sample - sample.mean(0)
+    directions = torch.linalg.svd(centred, full_matrices=False)[2][:2]
+    torch.testing.assert_close(found.reconstruction, sample.mean(0) + centred @ directions.T @ directions, atol=1e-3, rtol=1e-3)
+    assert ((found.features > 0).sum(1) == 2).all()
+    largest = as_dictionary(pca(sample, 6), 2)(sample)
+    assert ((largest.features > 0).sum(1) == 2).all()
+    scores = (centred @ pca(sample, 6).directions).square()
+    error = (largest.reconstruction - sample).square().sum(1)
+    torch.testing.assert_close(error, scores.sum(1) - scores.topk(2).values.sum(1), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(as_dictionary(pca(sample, 6), 6)(sample).reconstruction, sample, atol=1e-3, rtol=1e-3)
 
 
 def test_ica_finds_independent_sources():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae_lib.activations import Skip
 from sae_lib.evaluate import (
     Detectors,
     LabelCorrelations,
@@ -10,6 +11,7 @@ from sae_lib.evaluate import (
     count_won,
     held_out_pass,
     label_correlations,
+    mean_activation,
 )
 from sae_lib.sae import SAE, SAEConfig
 from sae_lib.transformer import TransformerConfig, build, mlp_activations, parameters, token_losses
@@ -67,6 +69,23 @@ def test_what_is_known_of_the_text_from_another_dictionary_is_not_measured_again
     assert found.values.keys() == whole.values.keys()
     for name, value in whole.values.items():
         assert torch.equal(found.values[name], value), name
+
+
+def test_skipped_positions_are_neither_edited_nor_counted(model, text, perfect):
+    """Of a dictionary and of what it is compared with alike: with everything skipped but one position nothing else changes."""
+    limit = mlp_activations(model, text.contexts).norm(dim=-1).quantile(0.5).item()
+    skip = Skip((0,), first=3, above=limit)
+    acts = mlp_activations(model, text.contexts)
+    skipped = skip.mask(text.contexts, acts)
+    found = held_out_pass(model, text, perfect, skip=skip)
+    assert len(found.document) == (~skipped[:, :-1]).sum()
+    zeroed = token_losses(model, text.contexts, {"zero": lambda x: torch.where(skipped[..., None], x, 0.0)})["zero"]
+    torch.testing.assert_close(found.values["zero"], zeroed[~skipped[:, :-1]])
+    mean = acts[~skipped].mean(0)
+    torch.testing.assert_close(mean_activation(model, text, skip=skip), mean, atol=1e-5, rtol=1e-4)
+    counted = acts[:, :-1][~skipped[:, :-1]]
+    torch.testing.assert_close(found.values["spread"], (counted - mean).square().sum(-1), atol=1e-3, rtol=1e-3)
+    assert torch.equal(found.fired, (counted > 0).sum(0))
 
 
 def test_a_dictionary_that_says_nothing_recovers_nothing(model, text, perfect):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sae_lib.corpus import SPECIAL_CONTEXTS
 from sae_lib.documents import Document
@@ -41,6 +41,35 @@ def test_the_vocabulary_has_every_byte_and_nothing_for_end_of_text(tokenizer):
     assert len(vocabulary) == 310 and vocabulary[0] == b""
     assert {bytes([b]) for b in range(256)} <= set(vocabulary)
     assert b" cat" in vocabulary and any(token.endswith("ל".encode()) for token in vocabulary)
+
+
+@pytest.fixture(scope="module")
+def of_bytes():
+    """As GPT-2's and Pythia's: bytes written as characters, a special token, and one added for a run of blanks."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.train_from_iterator(["the cat sat on the mat שלום עולם"] * 5, trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    made.add_tokens(["    "])
+    made.encode_special_tokens = True
+    return made
+
+
+@given(st.text())
+@settings(max_examples=200, deadline=None)
+def test_the_bytes_of_a_tokenizer_of_bytes(of_bytes, text):
+    vocabulary = token_bytes(of_bytes)
+    assert vocabulary[0] == b"" and vocabulary[-1] == b"    "
+    assert b"".join(vocabulary[i] for i in of_bytes.encode(text).ids) == text.encode()
+
+
+def test_the_sign_for_a_blank_is_one():
+    pieces = {"<unk>": 0} | {f"<0x{i:02X}>": i + 1 for i in range(256)} | {"\u2581cat": 257}
+    made = Tokenizer(models.BPE(vocab=pieces, merges=[], byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens(["<unk>"])
+    assert token_bytes(made)[257] == b" cat" and token_bytes(made)[66] == b"A" and token_bytes(made)[0] == b""
 
 
 def test_a_tokenizer_of_words_is_refused():

@@ -67,6 +67,16 @@ def test_kept_positions(model, tokens):
     assert torch.equal(found, residual.activations(model, tokens, 2)[:, [3, 0]])
 
 
+def test_what_is_expected_next(model, tokens):
+    at = torch.tensor([0, 3, 15, 7, 7, 1])
+    edits = {"clean": None, "zero": torch.zeros_like}
+    found = residual.next_token_log_probabilities(model, tokens, at, edits, 1)
+    expected = torch.log_softmax(model(tokens), -1)[torch.arange(6), at]
+    torch.testing.assert_close(found["clean"], expected, atol=1e-4, rtol=1e-4)
+    assert (found["zero"] - expected).abs().max() > 1e-3
+    torch.testing.assert_close(found["zero"].exp().sum(1), torch.ones(6))
+
+
 def test_an_edit_reaches_later_positions_only(model, tokens):
     def edit(resid):
         edited = resid.clone()

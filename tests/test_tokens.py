@@ -49,6 +49,12 @@ def test_end_of_text_is_token_zero_and_cannot_be_written(tokenizer):
     assert 0 not in tokenizer.encode("a<|endoftext|>b").ids
 
 
+def test_documents_can_begin_with_another_token(tokenizer, data, tmp_path):
+    tokenise(corpus(), tokenizer, CONFIG, tmp_path / "other", begin=7)
+    other = TokenData.open(tmp_path / "other")
+    assert np.array_equal(np.where(data.tokens("train") == 0, 7, data.tokens("train")), other.tokens("train"))
+
+
 def test_every_digit_is_a_token():
     dated = [Document("dated", document.text.replace(" ", " 1234 2024 "), document.source) for document in corpus()]
     tokenizer = train_tokenizer(dated, CONFIG)

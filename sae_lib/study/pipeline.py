@@ -46,6 +46,17 @@ class Trained(NamedTuple):
     artefact: Artefact
 
 
+def spread(tokens: TokenData, split: str, n_contexts: int | None) -> Text:
+    """Contexts spread evenly over a split, so many or all of them."""
+    contexts = torch.from_numpy(tokens.contexts(split).astype(np.int32))
+    chosen = torch.linspace(0, len(contexts) - 1, min(len(contexts), n_contexts or len(contexts))).long().unique()
+
+    def per_token(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).view_as(contexts)[chosen]
+
+    return Text(contexts[chosen], per_token(tokens.doc_of_token(split)), per_token(tokens.domain_of_token(split)))
+
+
 class Study:
     """One profile, seed and corpus; `begin` makes it. Its methods compose the library's steps into named artefacts."""
 
@@ -117,14 +128,7 @@ class Study:
 
     def held_out(self, split: str = "test", whole: bool = False) -> Text:
         """Held-out text: contexts spread evenly over the split, as many as the profile evaluates, or all of them."""
-        contexts = self.contexts(split)
-        wanted = len(contexts) if whole else min(len(contexts), self.profile.held_out_contexts)
-        chosen = torch.linspace(0, len(contexts) - 1, wanted).long().unique()
-
-        def per_token(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values[:contexts.numel()].astype(np.int64)).view_as(contexts)[chosen]
-
-        return Text(contexts[chosen], per_token(self.tokens.doc_of_token(split)), per_token(self.tokens.domain_of_token(split)))
+        return spread(self.tokens, split, None if whole else self.profile.held_out_contexts)
 
     # --- transformers -------------------------------------------------------------------------------------------------
 

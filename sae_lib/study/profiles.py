@@ -70,6 +70,17 @@ class FrontierSizes:
 
 
 @dataclass(frozen=True)
+class OwnSizes:
+    """Sizes of notebook 13: of a model that was trained elsewhere. A dictionary that is trained here has `DeepSizes`' recipe."""
+
+    n_tokens: int = 3_000_000  # of the corpus, by that model's tokenizer
+    n_ctx: int = 256
+    n_activations: int = 2_000_000  # that a dictionary is trained on
+    held_out_contexts: int = 256
+    prompts: int = 128  # for steering
+
+
+@dataclass(frozen=True)
 class Profile:
     """Every size and hyperparameter of one scale of the study."""
 
@@ -93,6 +104,7 @@ class Profile:
     toy: ToySizes = ToySizes()
     deep: DeepSizes = DeepSizes()
     frontier: FrontierSizes = FrontierSizes()
+    own: OwnSizes = OwnSizes()
 
     @property
     def d_sae(self) -> int:
@@ -165,6 +177,7 @@ SMOKE = replace(
         units=8, fault_expansion=2,
         fault_training=TrainConfig(n_activations=16_384, batch_size=256, lr=1e-3, l1_coefficient=4.0, lr_decay=0.4,
                                    birth_density=0.02, resample_inputs=1024, log_every=2)),
+    own=OwnSizes(n_tokens=300_000, n_ctx=64, n_activations=50_000, held_out_contexts=64, prompts=16),
 )
 
 PAPER = replace(
@@ -192,6 +205,7 @@ PAPER = replace(
         training=TrainConfig(n_activations=20_000_000, batch_size=4096, lr_warmup=0.01, lr_decay=0.2, birth_density=0.005),
         trial_activations=4_000_000, contexts=1536, units=150,
         fault_training=replace(FrontierSizes.fault_training, n_activations=4_000_000)),
+    own=OwnSizes(n_tokens=500_000_000, n_ctx=1024, n_activations=200_000_000, held_out_contexts=2048, prompts=1024),
 )
 
 PROFILES = {profile.name: profile for profile in (SMOKE, WORKSHOP, PAPER)}

@@ -1,0 +1,296 @@
+"""A model of the reader's own, and a dictionary for it: trained elsewhere or here, from a folder or from the hub (notebook 13).
+
+What the rest of the study does on its own transformers is done here on any that TransformerLens can bridge. Such a model brings
+its own tokenizer, its own special tokens and, as a rule, positions whose activations are far longer than all others.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from jaxtyping import Bool
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sae_lib import corpus, residual
+from sae_lib import tokens as tokens_module
+from sae_lib.activations import ActivationStream, Skip, StreamConfig
+from sae_lib.errors import StudyError
+from sae_lib.evaluate import Text
+from sae_lib.metrics import Interval, bootstrap_interval
+from sae_lib.precision import best_device
+from sae_lib.proxies import token_bytes
+from sae_lib.sae import SAE, SAEConfig
+from sae_lib.study import deep, paths
+from sae_lib.study.artefacts import Artefact
+from sae_lib.study.pipeline import Study, spread
+from sae_lib.tokens import TokenData
+from sae_lib.train import train_sae
+from sae_lib.transformer import Transformer, load_pretrained
+
+NORM_CONTEXTS = 64  # contexts that norms are looked at in
+SINK = 10  # times the median norm; what is longer is a sink
+MIN_USED = 5  # times that a token occurs in the training text before anything is said of its logit
+ROOT_FILES = ("*.json", "*.safetensors", "*.txt")
+# The base of the hub's error is that of whichever HTTP client it uses; a name that cannot be one is a ValueError.
+HUB_ERRORS = (OSError, ValueError, HfHubHTTPError.__bases__[0])
+
+
+@dataclass(frozen=True)
+class Own:
+    """A model with the study's text in its own tokens."""
+
+    name: str
+    """"the study's deep model", or what the user asked for."""
+    model: Transformer
+    vocabulary: list[bytes]
+    """The bytes of every token of the model, by id; none for special and unused ones."""
+    contexts: Tensor
+    """Training text, int32 [n_contexts, n_ctx]."""
+    validation: Text
+    test: Text
+    domains: list[str]
+    special: tuple[int, ...]
+    """Ids of special tokens."""
+    inputs: tuple[Artefact, ...]
+    fingerprint: str
+    folder: Path | None
+    """Where the model was read from; none if it is the study's."""
+
+    @property
+    def used(self) -> Bool[Tensor, " d_vocab"]:
+        """Tokens that the training text has often enough, and that are text."""
+        counts = torch.bincount(self.contexts.flatten().long(), minlength=len(self.vocabulary))
+        return (counts >= MIN_USED) & torch.tensor([bool(token) for token in self.vocabulary])
+
+
+# --- from the hub ----------------------------------------------------------------------------------------------------
+
+def fetch(repo: str, patterns: list[str], ignore: list[str], what: str) -> Path:
+    """The folder below data/hub with some files of a repository of the Hugging Face hub, downloaded once.
+
+    Raises StudyError if there is none, or no network.
+    """
+    folder = paths.data() / "hub" / "repositories" / repo.replace("/", "--")
+    done = folder / f".{paths.digest([patterns, ignore])[:12]}.done"
+    if not done.exists():
+        try:
+            snapshot_download(repo, allow_patterns=patterns, ignore_patterns=ignore, local_dir=folder)
+        except HUB_ERRORS as error:
+            raise StudyError(f"{what} is neither a folder nor could it be downloaded ({type(error).__name__}); check the name, "
+                             "or run this once with a network.") from error
+        paths.write_atomic(done, "")
+    return folder
+
+
+def _folder(name: str) -> Path | None:
+    """The folder of this name, if it is there: seen from the working directory or from the study's own folder."""
+    places = (Path(name).expanduser(), paths.root() / name)
+    return next((place.resolve() for place in places if place.is_dir()), None)
+
+
+def _model_folder(name: str) -> Path:
+    """The folder of a model in Hugging Face's layout: one that is there, or one of the hub."""
+    if found := _folder(name):
+        return found
+    repo = name.removeprefix("hf:")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith("."):
+        raise StudyError(f"There is no folder {name}; give MODEL a folder with a model, or the name of one on the hub.")
+    return fetch(repo, list(ROOT_FILES), ["*/*"], f"The model '{name}'")
+
+
+def _dictionary_folder(source: str) -> Path:
+    """The folder of a dictionary: one that is there, or hf:OWNER/NAME/path/in/repository."""
+    if not source.startswith("hf:"):
+        if found := _folder(source):
+            return found
+        raise StudyError(f"There is no folder {source}; give DICTIONARY a folder with a dictionary, or hf:OWNER/NAME/path.")
+    owner, _, rest = source.removeprefix("hf:").strip("/").partition("/")
+    name, _, inside = rest.partition("/")
+    if not name:
+        raise StudyError(f"'{source}' names no repository; write hf:OWNER/NAME/path/in/repository.")
+    # The folder itself, and beside it the configuration of the run.
+    patterns = [f"{inside}/*", f"{Path(inside).parent}/config.json", "config.json"] if inside else ["*"]
+    return fetch(f"{owner}/{name}", patterns, [f"{inside}/*/*" if inside else "*/*"], f"The dictionary '{source}'") / inside
+
+
+# --- the model and its text ------------------------------------------------------------------------------------------
+
+def open_model(study: Study, name: str = "") -> Own:
+    """The model: "" is the study's own of several layers, else a folder in Hugging Face's layout or a name of the hub.
+
+    The corpus is tokenised anew by the model's tokenizer. Raises StudyError if there is no such model, or it has no tokenizer.
+    """
+    sizes = study.profile.own
+    if not name:
+        trained = deep.transformer(study)
+        vocabulary = study.vocabulary + [b""] * (trained.model.cfg.d_vocab - len(study.vocabulary))
+        data, inputs = study.tokens, (trained.artefact, study.tokens_artefact)
+        return Own("the study's deep model", trained.model, vocabulary, deep.contexts(study),
+                   *(spread(data, split, sizes.held_out_contexts) for split in ("validation", "test")), data.domains,
+                   (ActivationStream.END_OF_TEXT,), inputs, "", None)
+    folder = _model_folder(name)
+    tokenizer, begin = _tokenizer(folder)
+    model = load_pretrained(str(folder))
+    artefact = _tokens(study, tokenizer, begin, min(sizes.n_ctx, model.cfg.n_ctx))
+    data, vocabulary = TokenData.open(artefact.path), token_bytes(tokenizer)
+    if len(vocabulary) > model.cfg.d_vocab:
+        raise StudyError(f"The tokenizer in {folder} has {len(vocabulary)} tokens and the model {model.cfg.d_vocab}; take "
+                         "the tokenizer that the model was trained with.")
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    files = [file for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors", ".bin")]
+    return Own(name, model, vocabulary + [b""] * (model.cfg.d_vocab - len(vocabulary)),
+               torch.from_numpy(data.contexts("train").astype(np.int32)),
+               *(spread(data, split, sizes.held_out_contexts) for split in ("validation", "test")), data.domains,
+               tuple(sorted(special | {begin})), (artefact,), paths.digest({file.name: paths.sha256(file) for file in files}),
+               folder)
+
+
+def _tokenizer(folder: Path) -> tuple[Tokenizer, int]:
+    """The tokenizer of a model's folder, and the token that its texts begin with: BOS, else the end of the text before."""
+    if not (folder / "tokenizer.json").is_file():
+        raise StudyError(f"The model in {folder} has no tokenizer.json; save its fast tokenizer there as well.")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    config, special = paths.read_json(folder / "config.json") or {}, tokenizer.get_added_tokens_decoder()
+    named = [token for key in ("bos_token_id", "eos_token_id") for token in np.atleast_1d(config.get(key)).tolist()]
+    known = [token for token in named if token in special] + [i for i, token in special.items() if token.special]
+    if not known:
+        raise StudyError(f"Neither the configuration nor the tokenizer in {folder} names a special token to begin a text with; "
+                         "add one, such as <|endoftext|>.")
+    return tokenizer, known[0]
+
+
+def _tokens(study: Study, tokenizer: Tokenizer, begin: int, n_ctx: int) -> Artefact:
+    """A slice of the study's corpus in another tokenizer's tokens, split by document like the whole."""
+    text = replace(study.profile.corpus, target_tokens=study.profile.own.n_tokens)
+    config = replace(study.profile.tokens, vocab_size=tokenizer.get_vocab_size(), n_ctx=n_ctx)
+
+    def make(out: Path, _: Path) -> None:
+        documents = corpus.documents(text, cache=paths.data() / "hub")
+        tokens_module.tokenise(documents, tokenizer, config, out, corpus.budgets(text), begin)
+
+    everything = {"corpus": asdict(text), "tokens": asdict(config), "begin": begin,
+                  "tokenizer": paths.digest(json.loads(tokenizer.to_str()))}
+    return study.store.stage("own_tokens", everything, make, fingerprint=corpus.fingerprint(text), reference=False)
+
+
+def held_out_loss(own: Own, **draws: int) -> dict[str, Interval]:
+    """Loss on the test text, of tokens that are text: in nats a token, and in bits a byte, which compares tokenizers."""
+    text, size = own.test, torch.tensor([float(len(token)) for token in own.vocabulary])
+    losses = torch.cat([residual.losses(own.model, few.long(), {"clean": None}, own.model.cfg.n_layers)["clean"]
+                        for few in text.contexts.split(16)])
+    following = size[text.contexts[:, 1:].long()]
+    documents, index = torch.unique(text.documents[:, 1:], return_inverse=True)
+    terms = torch.stack([losses, torch.ones_like(losses), following], -1)[following > 0].double()
+    sums = torch.zeros(len(documents), 3, dtype=torch.float64).index_add_(0, index[following > 0], terms).numpy()
+    return {"nats a token": bootstrap_interval(sums, lambda t: t[..., 0] / t[..., 1], **draws),
+            "bits a byte": bootstrap_interval(sums, lambda t: t[..., 0] / t[..., 2] / np.log(2), **draws)}
+
+
+# --- sinks -----------------------------------------------------------------------------------------------------------
+
+def norms(own: Own) -> dict[int, Tensor]:
+    """Length of the residual stream after each number of layers, in some held-out contexts: {after: [n_contexts, n_ctx]}."""
+    contexts = own.validation.contexts[:NORM_CONTEXTS].long()
+    return {after: torch.cat([residual.activations(own.model, few, after).float().norm(dim=-1) for few in contexts.split(16)])
+            for after in range(own.model.cfg.n_layers + 1)}
+
+
+def skip_for(own: Own, lengths: Tensor) -> Skip:
+    """What to leave out, by rule, from `norms` at a layer: special tokens; the leading positions whose median is more than ten
+    times the median of all; and single tokens beyond that.
+    """
+    limit = SINK * lengths.median().item()
+    long = (lengths.median(0).values > limit).int()
+    return Skip(own.special, int(long.cumprod(0).sum()), limit)
+
+
+def skipped(own: Own, after: int, skip: Skip) -> pd.Series:
+    """Tokens of the test text by why they are left out (each for the first reason that fits), and those that are counted."""
+    counts = dict.fromkeys(("special tokens", "first positions", f"over {SINK} times the median norm", "counted"), 0)
+    for few in own.test.contexts.long().split(16):
+        steps = [Skip(own.special).mask(few), Skip(own.special, skip.first).mask(few),
+                 skip.mask(few, residual.activations(own.model, few, after))]
+        upto = [0, *(int(step.sum()) for step in steps), few.numel()]
+        for name, n in zip(counts, np.diff(upto).tolist(), strict=True):
+            counts[name] += n
+    return pd.Series(counts, name="tokens of the test text")
+
+
+# --- the dictionary --------------------------------------------------------------------------------------------------
+
+def stream(study: Study, own: Own, after: int, skip: Skip, batch_size: int) -> ActivationStream:
+    """Training activations of the residual stream; another's model is loaded a second time where there is a GPU to harvest on."""
+    device, n_ctx = best_device(), own.contexts.shape[1]
+    model = own.model if own.folder is None or device.type == "cpu" else load_pretrained(str(own.folder), device)
+    kept = max(1, n_ctx - max(8, 2 * skip.first))  # room for what is left out
+    config = StreamConfig(tokens_per_context=kept, chunk_contexts=study.profile.stream.chunk_contexts, seed=2 * study.seed)
+    return ActivationStream(model, own.contexts, batch_size, config, device=device, after=after, skip=skip)
+
+
+def dictionary(study: Study, own: Own, after: int, skip: Skip, source: str = "") -> SAE:
+    """The dictionary: "" is one that is trained here (of the study's own model, the study's), else a folder in any of the three
+    layouts, or hf:OWNER/NAME/path/in/repository.
+
+    Raises StudyError if there is none, or if it is of another width than the residual stream.
+    """
+    if source:
+        sae, wanted = SAE.load(_dictionary_folder(source)), residual.width(own.model, after)
+        if sae.config.d_in != wanted:
+            raise StudyError(f"The dictionary reads {sae.config.d_in} numbers and the residual stream of {own.name} has "
+                             f"{wanted}: give a dictionary of this model, or another MODEL.")
+        return sae
+    if own.folder is None:
+        return deep.dictionary(study, after).model
+    train = replace(study.profile.deep.dictionary, seed=study.seed, n_activations=study.profile.own.n_activations)
+    d_in = residual.width(own.model, after)
+    config = SAEConfig(d_in, study.profile.deep.expansion * d_in, study.seed, own.name, residual.hook_name(own.model, after),
+                       own.contexts.shape[1])
+
+    def make(out: Path, checkpoint: Path) -> None:
+        activations = stream(study, own, after, skip, train.batch_size)
+        sae, _ = train_sae(activations, config, train, checkpoint / "dictionary.safetensors", device=activations.device)
+        sae.metadata["dataset_path"] = study.profile.corpus.source
+        sae.save(out)
+
+    everything = {"sae": asdict(config), "train": asdict(train), "skip": skip._asdict(),
+                  "chunk_contexts": study.profile.stream.chunk_contexts}
+    return SAE.load(study.store.stage("own_sae", everything, make, inputs=own.inputs, fingerprint=own.fingerprint,
+                                      reference=False).path)
+
+
+PLACES = ((r"blocks\.(\d+)\.hook_resid_pre", 0), (r"blocks\.(\d+)\.hook_resid_post", 1), (r"(?:.*\.)?(?:layers|h)\.(\d+)", 1),
+          (r"resid_post_layer_(\d+)", 1))
+
+
+def layers_before(hook_name: str) -> int | None:
+    """After how many layers the place lies that a dictionary names, in any of three libraries' words; none if it is no residual
+    stream that is known here.
+    """
+    for pattern, more in PLACES:
+        if found := re.fullmatch(pattern, hook_name):
+            return int(found[1]) + more
+    return None
+
+
+def doubts(own: Own, after: int, sae: SAE) -> list[str]:
+    """What a dictionary says of itself that is not what was asked for, a sentence each; nothing if all agrees."""
+    said, found = sae.config, []
+    short = lambda name: name.removeprefix("hf:").rstrip("/").rpartition("/")[2].lower()
+    names = {short(own.name)} | ({"deep_transformer"} if own.folder is None else set())
+    if said.model_name and short(said.model_name) not in names:
+        found.append(f"The dictionary was made for the model '{said.model_name}', and this is {own.name}.")
+    place = layers_before(said.hook_name)
+    if said.hook_name and place is None:
+        found.append(f"The dictionary was made for '{said.hook_name}', which is not known to be a residual stream.")
+    elif place is not None and place != after:
+        found.append(f"The dictionary was made for '{said.hook_name}', after {place} layers, and LAYER is {after}.")
+    return found

@@ -1,0 +1,234 @@
+"""Models and dictionaries from elsewhere, at a size of seconds: folders as their libraries write them, and no hub."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_interchange import dictionary_learning, saelens
+from texts import WORDS, table, tiny_study
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from sae_lib import residual
+from sae_lib.activations import Skip
+from sae_lib.errors import StudyError
+from sae_lib.evaluate import held_out_pass
+from sae_lib.features import activation_table
+from sae_lib.sae import SAE, SAEConfig
+from sae_lib.study import own_cards, own_model
+from sae_lib.study.profiles import SMOKE, OwnSizes
+from sae_lib.transformer import TransformerConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EOT = 1
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    model = TransformerConfig(n_tokens=4096, d_vocab=290, n_ctx=32, n_layers=2, d_model=16, n_heads=2, d_mlp=24, batch_contexts=8)
+    sizes = replace(SMOKE.deep, transformer=model,
+                    dictionary=replace(SMOKE.deep.dictionary, n_activations=2560, batch_size=128, resample_inputs=256))
+    own = OwnSizes(n_tokens=6000, n_ctx=32, n_activations=2560, held_out_contexts=20, prompts=4)
+    return tiny_study(tmp_path, monkeypatch, n_ctx=32, deep=sizes, own=own)
+
+
+@pytest.fixture(scope="module", params=["gpt_neox", "gpt2"])
+def folder(request, tmp_path_factory):
+    """A tiny model of another kind with its byte-level tokenizer, saved as a downloaded one would lie there."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(WORDS.values(), trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<unk>", "<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    if request.param == "gpt_neox":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(
+            vocab_size=288, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+            max_position_embeddings=24, bos_token_id=EOT, eos_token_id=EOT))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=288, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=None,
+                                           eos_token_id=EOT))
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_model_from_elsewhere_goes_the_whole_way(folder, study):
+    run = study()
+    own = own_model.open_model(run, str(folder))
+    n_ctx = min(32, own.model.cfg.n_ctx)
+    assert own.contexts.shape[1] == own.test.contexts.shape[1] == n_ctx and not residual.is_own(own.model)
+    assert own.special == (0, EOT) and own.domains == ["letters", "numbers"]
+    # Every document begins with the model's own token, which stands nowhere else, and the rest is its text.
+    flat, begins = own.contexts.flatten(), (own.contexts.flatten() == EOT).nonzero()[:, 0]
+    assert begins[0] == 0 and len(begins) > 5
+    text = b"".join(own.vocabulary[t] for t in flat[1:begins[1]].tolist()).decode()
+    assert set(text.split()) <= set(" ".join(WORDS.values()).split())
+    assert len(own.vocabulary) == 288 and own.vocabulary[EOT] == b"" and not own.used[EOT] and own.used.any()
+
+    lengths = own_model.norms(own)
+    assert list(lengths) == [0, 1, 2] and lengths[1].shape[1] == n_ctx
+    skip = own_model.skip_for(own, lengths[1])
+    counts = own_model.skipped(own, 1, skip)
+    assert counts.sum() == own.test.contexts.numel()
+    assert counts["special tokens"] == (own.test.contexts == EOT).sum() > 0
+    loss = own_model.held_out_loss(own, seed=0, n_boot=20)
+    assert loss["nats a token"].value == pytest.approx(np.log(288), abs=0.7)  # it has learned nothing
+    sae = own_model.dictionary(run, own, 1, skip)
+    assert sae.config.hook_name == "blocks.1.hook_resid_pre" and not own_model.doubts(own, 1, sae)
+    assert torch.equal(own_model.dictionary(study("load"), own, 1, skip).W_enc, sae.W_enc)
+    found = held_out_pass(own.model, own.test, sae, 1, skip)
+    assert len(found.document) < own.test.contexts.numel() and found.values["l0"].mean() > 0
+
+    units = activation_table(own.model, own.validation.contexts, sae.encode, 1, skip)
+    cards = [own_cards.card(own, sae, 1, skip, units, unit) for unit in own_cards.choose(units, 3)]
+    assert "<b" not in own_cards.page(cards) and own_cards.page(cards).count("<h4>") == len(cards)
+    for each in cards:
+        column = units[:, [each.feature]].toarray()[:, 0]
+        assert column[each.places[0]] == column.max() == np.float32(each.maximum) and each.density == (column > 0).mean()
+        assert np.isnan(each.effect[EOT]) and own.used[torch.from_numpy(each.raised)].all()
+    tokens, at = own_cards.prompts(own.test, skip, 4, seed=0)
+    steered = own_cards.steer(own, sae, 1, cards, tokens, at, (0.0, 2.0), seed=0)
+    assert len(steered) == len(cards) * 2 * 2 * len(tokens)
+    still, pushed = steered[steered.strength == 0], steered[steered.strength > 0]
+    assert still.divergence.max() < 1e-5 and (pushed.divergence > still.divergence.to_numpy()).all()
+    for figure in (own_cards.norm_figure(lengths, skip, 1), own_cards.effects_figure(own, cards),
+                   own_cards.steering_figure(steered)):
+        assert len(figure.data)
+
+
+def test_the_studys_own_model_is_the_default(study):
+    run = study()
+    own = own_model.open_model(run)
+    assert len(own.vocabulary) == own.model.cfg.d_vocab == 290 and own.special == (0,)
+    skip = own_model.skip_for(own, own_model.norms(own)[1])
+    sae = own_model.dictionary(run, own, 1, skip)
+    assert sae.config.model_name == "deep_transformer" and not own_model.doubts(own, 1, sae)
+    assert own_model.doubts(own, 2, sae) == [
+        "The dictionary was made for 'blocks.1.hook_resid_pre', after 1 layers, and LAYER is 2."]
+
+
+@pytest.fixture
+def own(study):
+    return own_model.open_model(study())
+
+
+def weights(d_in=16, d_sae=3):
+    return {"W_enc": torch.ones(d_in, d_sae), "b_enc": torch.zeros(d_sae), "W_dec": torch.eye(d_sae, d_in),
+            "b_dec": torch.zeros(d_in)}
+
+
+def published(folder, layout):
+    """A dictionary as others publish it; returns what to ask for, and what is to be doubted of it after 1 layer."""
+    folder.mkdir(parents=True)
+    w = weights()
+    linear = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"]}
+    if layout == "saelens":
+        saelens(folder, "standard", w, d_in=16,
+                metadata={"model_name": "deep_transformer", "hook_name": "blocks.0.hook_resid_post"})
+        return folder, []
+    if layout == "dictionary_learning":
+        dictionary_learning(folder, "AutoEncoder", linear | {"decoder.weight": w["W_dec"].T.contiguous(), "bias": w["b_dec"]},
+                            activation_dim=16, lm_name="somebody/pythia", submodule_name="resid_post_layer_0")
+        return folder, ["somebody/pythia"]
+    place = folder / "layers.1"
+    place.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model": "deep_transformer"}))
+    (place / "cfg.json").write_text(json.dumps({"activation": "topk", "num_latents": 3, "k": 1, "d_in": 16}))
+    save_file(linear | {"W_dec": w["W_dec"], "b_dec": w["b_dec"]}, place / "sae.safetensors")
+    return place, ["'layers.1', after 2 layers"]
+
+
+@pytest.mark.parametrize("layout", ["saelens", "dictionary_learning", "sparsify"])
+def test_a_published_dictionary_in_each_layout(study, own, tmp_path, layout):
+    place, expected = published(tmp_path / "theirs", layout)
+    sae = own_model.dictionary(study(), own, 1, Skip(), str(place))
+    assert sae.config.d_sae == 3
+    doubts = own_model.doubts(own, 1, sae)
+    assert len(doubts) == len(expected) and all(words in doubt for words, doubt in zip(expected, doubts, strict=True))
+    assert held_out_pass(own.model, own.test, sae, 1, Skip()).values["l0"].max() <= 3
+
+
+def test_from_the_hub_once(study, own, folder, tmp_path, monkeypatch):
+    place, _ = published(tmp_path / "theirs", "sparsify")
+    calls = []
+
+    def download(repo, allow_patterns, ignore_patterns, local_dir):
+        calls.append((repo, allow_patterns))
+        source = folder if repo == "some/model" else place.parent
+        shutil.copytree(source, local_dir if repo == "some/model" else local_dir / "run", dirs_exist_ok=True)
+
+    monkeypatch.setattr(own_model, "snapshot_download", download)
+    theirs = [own_model.open_model(study(), "hf:some/model") for _ in range(2)][1]
+    assert theirs.model.cfg.d_model == 16 and theirs.name == "hf:some/model"
+    assert SAE.load(own_model._dictionary_folder("hf:a/b/run/layers.1")).config.model_name == "deep_transformer"
+    sae = own_model.dictionary(study(), own, 1, Skip(), "hf:a/b/run/layers.1")
+    assert sae.config.hook_name == "layers.1"
+    assert [repo for repo, _ in calls] == ["some/model", "a/b"]
+    assert calls[1][1] == ["run/layers.1/*", "run/config.json", "config.json"]
+
+
+def test_no_network(study, own, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(own_model, "snapshot_download", offline)
+    for ask in (lambda: own_model.open_model(study(), "some/model"),
+                lambda: own_model.dictionary(study(), own, 1, Skip(), "hf:a/b")):
+        with pytest.raises(StudyError, match="neither a folder nor could it be downloaded") as error:
+            ask()
+        assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_what_does_not_fit_is_said_in_one_sentence(study, own, folder, tmp_path):
+    run = study()
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "tokenizer.json").unlink()
+    SAE(SAEConfig(8, 4)).save(tmp_path / "narrow")
+    large = tmp_path / "large"
+    shutil.copytree(folder, large)
+    tokenizer = Tokenizer.from_file(str(large / "tokenizer.json"))
+    tokenizer.add_tokens([f"more{i}" for i in range(20)])
+    tokenizer.save(str(large / "tokenizer.json"))
+    cases = [(lambda: own_model.open_model(run, "./nowhere"), "There is no folder"),
+             (lambda: own_model.open_model(run, str(bare)), "no tokenizer.json"),
+             (lambda: own_model.open_model(run, str(large)), "has 300 tokens and the model 288"),
+             (lambda: own_model.dictionary(run, own, 1, Skip(), "nowhere"), "There is no folder"),
+             (lambda: own_model.dictionary(run, own, 1, Skip(), "hf:a"), "names no repository"),
+             (lambda: own_model.dictionary(run, own, 1, Skip(), str(tmp_path / "narrow")), "reads 8 numbers .* has 16"),
+             (lambda: own_model.dictionary(run, own, 5, Skip()), "no residual stream after 5 layers")]
+    for ask, words in cases:
+        with pytest.raises(StudyError, match=words) as error:
+            ask()
+        assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_the_rule_for_sinks(own):
+    lengths = torch.full((5, 8), 2.0)
+    lengths[:, :2] = 21  # above ten times the median
+    lengths[0, 5] = 50  # a single one, which the limit finds
+    assert own_model.skip_for(own, lengths) == Skip((0,), 2, 20.0)
+    lengths[:, 0] = 2  # only what leads counts as leading
+    assert own_model.skip_for(own, lengths).first == 0
+
+
+@pytest.mark.parametrize("name, after", [
+    ("blocks.3.hook_resid_pre", 3), ("blocks.3.hook_resid_post", 4), ("layers.3", 4), ("gpt_neox.layers.0", 1),
+    ("transformer.h.2", 3), ("resid_post_layer_3", 4), ("blocks.3.hook_mlp_out", None), ("", None)])
+def test_where_a_dictionary_says_that_it_reads(name, after):
+    assert own_model.layers_before(name) == after
+
+
+def test_the_rule_for_cards():
+    dense = np.zeros((200, 6))
+    for unit, n in enumerate((0, 19, 20, 50, 100, 199)):
+        dense[:n, unit] = 1
+    assert own_cards.choose(table(dense), 2) == [3, 5]  # of the four that fire often enough, rarest first
+    assert own_cards.choose(table(dense), 10) == [2, 3, 4, 5]
+    with pytest.raises(StudyError, match="No feature fires on 20"):
+        own_cards.choose(table(dense[:, :2]), 3)
