@@ -83,6 +83,10 @@ study.show(fig, "00-superposition",
 # | [07 · universality](07_universality.ipynb) | does a model from another seed have the same features? |
 # | [08 · feature splitting](08_feature_splitting.ipynb) | what does a wider dictionary find? |
 # | [09 · automata](09_automata.ipynb) | do features hand over to each other like the states of a machine? |
+# | [10 · sparsity and fidelity](10_sparsity_and_fidelity.ipynb) | what does sparsity cost, and which kind of dictionary asks least for it? |
+# | [11 · indirect object](11_indirect_object.ipynb) | which few directions carry a name to where it is said, causally? |
+# | [12 · case studies](12_case_studies.ipynb) | between layers: what can be read, and what makes a feature fire? |
+# | [13 · your own model](13_your_own_model.ipynb) | does all of it work on a model that was trained elsewhere? |
 # | [14 · the scorecard](14_scorecard.ipynb) | which findings came true here, and how far? |
 #
 # ## The claims so far
