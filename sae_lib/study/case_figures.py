@@ -171,7 +171,8 @@ def edits_figure(cases: dict[str, pd.DataFrame], names: dict[str, str]) -> go.Fi
     for col in (2, 3):
         fig.update_xaxes(type="log", dtick=1, exponentformat="power", tickangle=0, row=1, col=col)
     fig.update_xaxes(dtick=2, row=1, col=2)
-    return fig.update_layout(width=1100, height=520, legend={"orientation": "h", "y": -0.12, "yanchor": "top"})
+    # Room for panel titles of two lines below the title.
+    return fig.update_layout(width=1100, height=550, margin={"t": 105}, legend={"orientation": "h", "y": -0.12, "yanchor": "top"})
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
