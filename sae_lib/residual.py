@@ -21,6 +21,7 @@ from sae_lib.transformer import (
     Parameters,
     Transformer,
     embed,
+    layer_at,
     mlp_activations,
     next_token_losses,
     norm,
@@ -103,6 +104,20 @@ def go_on(model: Transformer, resid: Float[Tensor, "batch pos d_model"], after: 
     if is_own(model):
         return through_layers(parameters(model), resid, model.cfg.n_heads, range(after, until))
     return _bridged(model, resid, after, until)
+
+
+@torch.no_grad()
+def ends(model: Transformer, resid: Float[Tensor, "batch pos d_model"], after: int,
+         last: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_model"]:
+    """The residual stream after all layers, from that after `after` of them, at one position of each row only.
+
+    In the last layer of the study's own models no other position is worked out: whoever asks only what a sentence predicts pays
+    about a fifth. Raises StudyError if there are not so many layers.
+    """
+    n, rows = model.cfg.n_layers, torch.arange(len(resid))
+    if not is_own(model) or after >= n:
+        return go_on(model, resid, after)[rows, last]
+    return layer_at(parameters(model), go_on(model, resid, after, n - 1), model.cfg.n_heads, n - 1, last)
 
 
 @torch.no_grad()

@@ -52,6 +52,14 @@ def test_going_on_part_of_the_way_and_then_the_rest(model, tokens):
     assert torch.equal(residual.go_on(model, half, 2, until=2), half)
 
 
+def test_ends_are_where_each_row_ends(model, tokens):
+    last = torch.tensor([15, 0, 3, 7, 14, 1])
+    for after in range(4):
+        resid = residual.activations(model, tokens, after)
+        expected = residual.go_on(model, resid, after)[torch.arange(6), last]
+        torch.testing.assert_close(residual.ends(model, resid, after, last), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_kept_positions(model, tokens):
     keep = torch.tensor([[3, 0]] * 6)
     found = residual.activations(model, tokens, 2, keep)

@@ -33,12 +33,32 @@ class ToySizes:
 
 @dataclass(frozen=True)
 class DeepSizes:
-    """Sizes of notebooks 11 and 12: a transformer of several layers, and dictionaries on its residual stream."""
+    """Sizes of notebooks 11 and 12: transformers of several layers, and dictionaries on their residual stream."""
 
     transformer: TransformerConfig = TransformerConfig(n_tokens=7_000_000, n_layers=3)
-    dictionary: TrainConfig = TrainConfig(n_activations=4_000_000, batch_size=2048, l1_coefficient=1.0, lr=1e-3, lr_warmup=0.01,
+    # The one that goes on with names, which are in its vocabulary besides; see `ioi.training_contexts` for the short contexts.
+    with_names: TransformerConfig = TransformerConfig(n_tokens=4_000_000, n_layers=3, n_ctx=36, batch_contexts=128)
+    made_up: float = 0.75  # share of its text that is made up for the task; the rest is of the corpus
+    dictionary: TrainConfig = TrainConfig(n_activations=4_000_000, batch_size=2048, l1_coefficient=2.0, lr=1e-3, lr_warmup=0.01,
                                           lr_decay=0.4, birth_density=0.005, resample_inputs=131_072)
+    names_activations: int = 2_500_000  # on which dictionaries of the model with names are trained
     expansion: int = 8  # features per dimension of the residual stream
+
+
+@dataclass(frozen=True)
+class IdentificationSizes:
+    """Sizes of notebook 11: sentences of the task, and exchanges of one name in them for another."""
+
+    prompts: int = 1000  # for the accuracy, of each kind
+    sentences: int = 20  # of one exchange, to find an order on, and as many to measure it on
+    sentences_of_many: int = 50  # of many exchanges together, as in the paper
+    exchanges: int = 10  # that are measured one at a time
+    dev_exchanges: int = 4  # on which the layer is chosen
+    growth: tuple[tuple[int, int], ...] = ((2, 3), (5, 2), (15, 1), (50, 1))  # exchanges in a set, and sets
+    layers: tuple[int, ...] = (1, 2)  # after which is patched
+    l1: tuple[float, ...] = (4.0, 2.0, 0.0)
+    thresholds: tuple[float, float, int] = (-4.0, 0.5, 12)  # of the order: powers of ten from, to, and how many
+    most: int = 256  # directions that are patched
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,7 @@ class Profile:
     bootstrap: int  # draws
     toy: ToySizes = ToySizes()
     deep: DeepSizes = DeepSizes()
+    identification: IdentificationSizes = IdentificationSizes()
 
     @property
     def d_sae(self) -> int:
@@ -125,8 +146,11 @@ SMOKE = replace(
                              resample_inputs=1024, precision="float32")),
     deep=DeepSizes(
         transformer=TransformerConfig(n_tokens=300_000, n_layers=3, d_vocab=1024, n_ctx=64, d_model=64, n_heads=2, d_mlp=128),
+        with_names=TransformerConfig(n_tokens=200_000, n_layers=3, n_ctx=48, d_model=64, n_heads=2, d_mlp=128),
         dictionary=TrainConfig(n_activations=80_000, batch_size=512, l1_coefficient=1.0, lr=1e-3, birth_density=0.01,
-                               resample_inputs=8192), expansion=4),
+                               resample_inputs=8192), names_activations=60_000, expansion=4),
+    identification=IdentificationSizes(prompts=60, sentences=4, sentences_of_many=8, exchanges=2, dev_exchanges=2,
+                                       growth=((2, 1), (3, 1)), layers=(1,), l1=(1.0, 0.0), thresholds=(-2.0, 0.0, 2), most=24),
 )
 
 PAPER = replace(
