@@ -58,10 +58,8 @@ THINGS = ("list", "key", "map", "file", "message", "text", "link", "copy", "docu
 OTHERS = ("The {thing} of {} is in the {place}.", "{} has a {thing}. It is the best {thing} that {} had.",
           "I asked {} about the {place}.", "The {place} belongs to {}. Nobody but {} has the key.",
           "{} likes the {place}. So {} is there every day.", "My friend {} bought a {thing}.",
-          "This is the {place} of {}. You can find {} there.", "We waited for {} at the {place}.",
-          "{} is here, so I gave the {thing} to {}.", "{} asked for a {thing}, and we sent it to {}.",
-          "If {} is at the {place}, read the {thing} to {}.", "I met {}, and I showed a {thing} to {}.",
-          "{} was at the {place}, and they took the {thing} to {}.", "As {} left the {place}, we said hello to {}.")
+          "This is the {place} of {}. You can find {} there.", "We waited for {} at the {place}.")
+PARTINGS = (".", ".", ", and {} left.", ", and {} was late.", ", and {} has a {thing}.")
 SENTENCES = {"train": (MEETINGS, GIVINGS), "dev": (DEV_MEETINGS, DEV_GIVINGS), "held out": (HELD_OUT_MEETINGS, HELD_OUT_GIVINGS)}
 ENDINGS = (".", ".", ".", " too.", " again.")
 
@@ -106,10 +104,14 @@ class _Writer:
         return f" {self.one_of(OPENINGS)} {meeting}, {giving}" if self.rng.random() < 0.5 else f" {meeting}, and {giving}"
 
     def document(self, known: Sequence[str], held_out: Sequence[str]) -> str:
-        """A sentence of the task, or, 3 times of 10, a sentence or two about one person."""
+        """A sentence of the task; or, 3 times of 10, one in which nobody is given anything, about one or two people."""
         if self.rng.random() < 0.3:
-            frame, name = self.one_of(OTHERS), self.one_of(known if self.rng.random() < 0.3 else held_out)
-            return " " + self.filled(frame, *[name] * frame.count("{}"))
+            names = known if self.rng.random() < 0.5 else held_out
+            if self.rng.random() < 0.4:
+                frame, name = self.one_of(OTHERS), self.one_of(names)
+                return " " + self.filled(frame, *[name] * frame.count("{}"))
+            pair = self.two_of(names)
+            return f" {self.filled(self.one_of(MEETINGS), *pair)}{self.filled(self.one_of(PARTINGS), self.one_of(pair))}"
         indirect, subject = self.two_of(known)
         return f"{self.task('train', indirect, subject, self.rng.random() < 0.5)} {indirect}{self.one_of(ENDINGS)}"
 
@@ -117,10 +119,10 @@ class _Writer:
 def training_contexts(tokenizer: Tokenizer, n_contexts: int, n_ctx: int, seed: int) -> Int[Tensor, "n_contexts n_ctx"]:
     """Made-up text to train on: one short document a context, after an end-of-text and filled up with it.
 
-    7 of 10 are a sentence of the task with known names; the others are about one person, 7 of 10 of them one whose name is held
-    out of the task. Where a sentence begins is where a context does: in long contexts full of sentences, at hundreds of positions
-    that a small model learns one by one, it learned to copy a name within millions of tokens, but not to choose. `tokenizer` is
-    one `with_names`.
+    7 of 10 are a sentence of the task with known names. In the others nobody is given anything; they are about one or two people,
+    half of them people whose names are held out of the task. Where a sentence begins is where a context does: in long contexts
+    full of sentences, at hundreds of positions that a small model learns one by one, it learned to copy a name within millions of
+    tokens, but not to choose. `tokenizer` is one `with_names`.
     """
     writer, (known, held_out) = _Writer(seed, "training text"), split_names()
     found = torch.full((n_contexts, n_ctx), ActivationStream.END_OF_TEXT, dtype=torch.int32)

@@ -64,19 +64,17 @@ def test_the_indirect_object_alone_is_exchanged(tokenizer):
 
 def test_training_text_never_asks_for_held_out_names(tokenizer):
     found = ioi.training_contexts(tokenizer, 60, 128, seed=0)
-    assert found.shape == (60, 128) and found.dtype == torch.int32 and (found[0, 0] == 0)
+    assert found.shape == (60, 128) and found.dtype == torch.int32 and (found[:, 0] == 0).all()
     assert torch.equal(found, ioi.training_contexts(tokenizer, 60, 128, seed=0))
     assert not torch.equal(found, ioi.training_contexts(tokenizer, 60, 128, seed=1))
-    _, held_out = ioi.split_names()
-    ids = torch.tensor([tokenizer.token_to_id(f" {name}") for name in held_out])
-    flat, first = found.flatten().long(), tokenizer.token_to_id(f" {ioi.NAMES[0]}")
-    is_held_out, is_name = torch.isin(flat, ids), flat >= first
-    assert 0.02 < is_held_out.sum() / is_name.sum() < 0.4
-    # Sentences of the task hold two different names, those about one person only one.
-    end = tokenizer.token_to_id(".")
-    sentence = torch.cumsum((flat == end) | (flat == 0), 0)
-    names = {int(s): set(flat[(sentence == s) & is_name].tolist()) for s in sentence[is_held_out].unique()}
-    assert names and all(len(of_sentence) == 1 for of_sentence in names.values())
+    known, held_out = ({tokenizer.token_to_id(f" {name}") for name in names} for names in ioi.split_names())
+    names = [[token for token in row if token in known | held_out] for row in found.tolist()]
+    asked = [row for row in names if len(row) == 4]  # two people, the subject again, the indirect object
+    assert len(asked) > 30 and not any(set(row) & held_out for row in asked)
+    for first, second, subject, indirect in asked:
+        assert {subject, indirect} == {first, second}
+    others = [set(row) for row in names if len(row) < 4]
+    assert all(row <= known or row <= held_out for row in others) and any(row & held_out for row in others)
 
 
 def test_sentences_that_do_not_exist(tokenizer):
