@@ -37,31 +37,28 @@ NAMES = (
     "Vincent", "Walter", "Wendy", "William", "Zoe")
 HELD_OUT_EVERY = 5  # of the names, which are in alphabetical order
 
-# In part words that the study's tokenizer, made for code and manuals, has as one token: so sentences are of many lengths.
-OPENINGS = ("If", "So", "When", "As", "After", "Because", "While", "Then,", "Before", "Once", "Later", "At last")
-MEETINGS = ("{} and {} met", "{} met {}", "{} was with {}", "{} and {} met at the {place}", "{} was with {} at the {place}",
-            "{} and {} have a {thing}", "{} and {} run the {place}", "{} left with {}", "{} and {} work at the {place}",
-            "{} and {} went to the {place}", "{} saw {} near the {place}", "{} called {} from the {place}",
-            "{} and {} sat in the {place}", "{} and {} came back from the {place}", "{} and {} had a long talk at the {place}")
-GIVINGS = ("{} read the {thing} to", "{} left the {thing} to", "{} gave a {thing} to", "{} sent a {thing} to", "{} read it to",
-           "{} showed the {thing} to", "{} wanted to give the {thing} to", "{} said hello to", "{} has a {thing} to give to",
-           "{} has to run to", "{} handed the {thing} to", "{} made a call to", "{} was happy to write to",
-           "{} took a {thing} to")
+OPENINGS = ("When", "After", "While", "Then,", "One day", "Because", "Before", "Once", "Later", "At last")
+MEETINGS = ("{} and {} went to the {place}", "{} and {} were at the {place}", "{} met {} at the {place}",
+            "{} and {} sat in the {place}", "{} saw {} near the {place}", "{} and {} came back from the {place}",
+            "{} was with {} in the {place}", "{} and {} had a long talk at the {place}", "{} called {} from the {place}",
+            "{} and {} worked in the {place}")
+GIVINGS = ("{} gave a {thing} to", "{} handed the {thing} to", "{} sent a {thing} to", "{} showed the {thing} to",
+           "{} wanted to give the {thing} to", "{} read a letter to", "{} said hello to", "{} took a {thing} to",
+           "{} was happy to write to", "{} left the {thing} to")
 HELD_OUT_MEETINGS = ("{} and {} walked around the {place}", "{} found {} inside the {place}", "{} and {} ate at the {place}")
 HELD_OUT_GIVINGS = ("{} passed the {thing} to", "{} made a {thing} and offered it to", "{} began to sing a song to")
 DEV_MEETINGS = ("{} and {} waited at the {place}", "{} ran into {} outside the {place}")
 DEV_GIVINGS = ("{} lent the {thing} to", "{} threw a {thing} to")
-PLACES = ("table", "field", "base", "class", "line", "group", "park", "house", "school", "market", "office", "garden", "station",
-          "library", "church", "beach", "hotel", "store", "kitchen", "river", "castle", "farm")
-THINGS = ("list", "key", "map", "file", "message", "text", "link", "copy", "document", "book", "ring", "drink", "ball", "picture",
-          "card", "box", "coat", "cake", "flower", "pen", "basket", "watch", "lamp")
+PLACES = ("park", "house", "school", "market", "office", "garden", "station", "library", "church", "beach", "hotel", "store",
+          "kitchen", "river", "castle", "farm")
+THINGS = ("ring", "book", "drink", "key", "map", "ball", "picture", "card", "box", "coat", "cake", "flower", "pen", "basket",
+          "watch", "lamp")
 OTHERS = ("The {thing} of {} is in the {place}.", "{} has a {thing}. It is the best {thing} that {} had.",
           "I asked {} about the {place}.", "The {place} belongs to {}. Nobody but {} has the key.",
           "{} likes the {place}. So {} is there every day.", "My friend {} bought a {thing}.",
           "This is the {place} of {}. You can find {} there.", "We waited for {} at the {place}.")
-PARTINGS = (".", ".", ", and {} left.", ", and {} was late.", ", and {} has a {thing}.")
 SENTENCES = {"train": (MEETINGS, GIVINGS), "dev": (DEV_MEETINGS, DEV_GIVINGS), "held out": (HELD_OUT_MEETINGS, HELD_OUT_GIVINGS)}
-ENDINGS = (".", ".", ".", " too.", " again.")
+ENDINGS = (".", " at once.", " yesterday.", " again.", ", who smiled.")
 
 
 def split_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -101,17 +98,13 @@ class _Writer:
         meetings, givings = SENTENCES[sentences]
         pair = (indirect, subject) if abba else (subject, indirect)
         meeting, giving = self.filled(self.one_of(meetings), *pair), self.filled(self.one_of(givings), subject)
-        return f" {self.one_of(OPENINGS)} {meeting}, {giving}" if self.rng.random() < 0.5 else f" {meeting}, and {giving}"
+        return f" {self.one_of(OPENINGS)} {meeting}, {giving}"
 
     def document(self, known: Sequence[str], held_out: Sequence[str]) -> str:
-        """A sentence of the task; or, 3 times of 10, one in which nobody is given anything, about one or two people."""
+        """A sentence of the task, or, 3 times of 10, a sentence or two about one person."""
         if self.rng.random() < 0.3:
-            names = known if self.rng.random() < 0.5 else held_out
-            if self.rng.random() < 0.4:
-                frame, name = self.one_of(OTHERS), self.one_of(names)
-                return " " + self.filled(frame, *[name] * frame.count("{}"))
-            pair = self.two_of(names)
-            return f" {self.filled(self.one_of(MEETINGS), *pair)}{self.filled(self.one_of(PARTINGS), self.one_of(pair))}"
+            name, frame = self.one_of(known if self.rng.random() < 0.5 else held_out), self.one_of(OTHERS)
+            return " " + self.filled(frame, *[name] * frame.count("{}"))
         indirect, subject = self.two_of(known)
         return f"{self.task('train', indirect, subject, self.rng.random() < 0.5)} {indirect}{self.one_of(ENDINGS)}"
 
@@ -119,10 +112,10 @@ class _Writer:
 def training_contexts(tokenizer: Tokenizer, n_contexts: int, n_ctx: int, seed: int) -> Int[Tensor, "n_contexts n_ctx"]:
     """Made-up text to train on: one short document a context, after an end-of-text and filled up with it.
 
-    7 of 10 are a sentence of the task with known names. In the others nobody is given anything; they are about one or two people,
-    half of them people whose names are held out of the task. Where a sentence begins is where a context does: in long contexts
-    full of sentences, at hundreds of positions that a small model learns one by one, it learned to copy a name within millions of
-    tokens, but not to choose. `tokenizer` is one `with_names`.
+    7 of 10 are a sentence of the task with known names; the others are about one person, as often one whose name is held out of
+    the task. Where a sentence begins is where a context does: in long contexts full of sentences, at hundreds of positions that
+    a small model learns one by one, it learned to copy a name within millions of tokens, but not to choose. `tokenizer` is one
+    `with_names`.
     """
     writer, (known, held_out) = _Writer(seed, "training text"), split_names()
     found = torch.full((n_contexts, n_ctx), ActivationStream.END_OF_TEXT, dtype=torch.int32)
@@ -153,9 +146,9 @@ class Prompts(NamedTuple):
         return Prompts(*(values[rows] for values in self))
 
 
-def prompts(tokenizer: Tokenizer, names: Sequence[str], sentences: str, n: int, seed: int) -> Prompts:
+def prompts(tokenizer: Tokenizer, names: Sequence[str], sentences: str, n: int, seed: int, n_ctx: int = 256) -> Prompts:
     """`n` sentences of the task, as many ABBA as BABA, with names out of some and ways to say it out of "train", "dev" or "held
-    out".
+    out"; those that do not fit in a context of `n_ctx` are left out.
 
     Raises StudyError if there are fewer than three names or no such sentences.
     """
@@ -163,12 +156,13 @@ def prompts(tokenizer: Tokenizer, names: Sequence[str], sentences: str, n: int, 
         raise StudyError(f"Sentences '{sentences}' with {len(names)} names cannot be made; give three names or more, and one of "
                          f"{', '.join(SENTENCES)}.")
     writer = _Writer(seed, f"prompts, {sentences}")
-    texts, roles = [], []
-    for i in range(n):
+    ids, roles = [], []
+    while len(ids) < n:
         indirect, subject = writer.two_of(names)
-        texts.append(writer.task(sentences, indirect, subject, i % 2 == 0))
-        roles.append((f" {indirect}", f" {subject}"))
-    ids = [[ActivationStream.END_OF_TEXT, *encoding.ids] for encoding in tokenizer.encode_batch_fast(texts)]
+        found = tokenizer.encode(writer.task(sentences, indirect, subject, len(ids) % 2 == 0)).ids
+        if len(found) < n_ctx:
+            ids.append([ActivationStream.END_OF_TEXT, *found])
+            roles.append((f" {indirect}", f" {subject}"))
     longest = max(map(len, ids))
     tokens = torch.tensor([row + [ActivationStream.END_OF_TEXT] * (longest - len(row)) for row in ids])
     names_of = torch.tensor([[tokenizer.token_to_id(name) for name in pair] for pair in roles])

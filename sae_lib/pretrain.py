@@ -108,12 +108,9 @@ def _context_batches(contexts: Tensor, config: TransformerConfig, start: int) ->
 
 def train_transformer(contexts: Int[Tensor, "n_contexts n_ctx"], config: TransformerConfig, checkpoint: Path | None = None,
                       checkpoint_every: int = 500, stop_after: int | None = None, processes: Processes = ALONE,
-                      device: torch.device | str = "cpu", start: Transformer | None = None) -> tuple[Transformer, pd.DataFrame]:
+                      device: torch.device | str = "cpu") -> tuple[Transformer, pd.DataFrame]:
     """Train on the contexts and return the model, in the processor's memory, with its log (step, tokens, loss in nats, lr,
-    seconds). It is trained from the weights of `start`, if one is given, which becomes it.
-
-    It begins with the weights of `start`, if there is one; of a vocabulary or a context that is shorter in one of the two, with
-    those of the tokens and positions that both have.
+    seconds).
 
     Resumes exactly from `checkpoint` if that file exists. `stop_after` ends early at that step, as an interruption would.
     `processes` train one model together, each on `device`; the first reads and writes checkpoints, which any number of them may
@@ -128,11 +125,6 @@ def train_transformer(contexts: Int[Tensor, "n_contexts n_ctx"], config: Transfo
     if processes.count > config.batch_contexts:
         raise StudyError(f"A batch of {config.batch_contexts} contexts is too small for {processes.count} processes; use fewer.")
     model = build(config)
-    if start is not None:
-        with torch.no_grad():
-            for name, value in parameters(start).items():
-                both = min(len(value), len(parameters(model)[name]))
-                parameters(model)[name][:both].copy_(value[:both])
     p = {name: value.detach().to(device).requires_grad_() for name, value in parameters(model).items()}
     # Decay on matrices only, as usual; contiguity matters because fused Adam ignores strides.
     groups = [{"params": [v for v in p.values() if v.ndim == 2], "weight_decay": config.weight_decay},

@@ -58,10 +58,10 @@ pd.DataFrame([{"sentence": spelled(row[1:last + 1].tolist()), "indirect object":
 # %% [markdown]
 # **Claim.** A transformer of three layers learns it, for names and for ways to say it that its training text never had in such a
 # sentence. (The paper takes Pythia-410M, which learned it from the Pile. Our corpus is code and manuals, in which nobody gives anything
-# to anybody. So a model of the corpus went on with text that is in part made up.)
+# to anybody. So this model is trained on short made-up text, a document or a sentence a context.)
 #
 # Names that are held out of the task do occur in its text, in sentences about one person. Ways to say it that are called *other*
-# were looked at while the recipe was chosen, the *held-out* ones were not.
+# were looked at while the recipe was chosen; no choice was made on the *held-out* ones.
 #
 # **Predict.** Chance is one half. Which is harder: new names or new sentences?
 
@@ -90,7 +90,7 @@ def of_accuracy(found):
     return {"paper": None, "paper_source": "section 4 (Pythia-410M does it)", "ours": found.right, "low": found.right_low, "high": found.right_high, "seeds": 1,
             "verdict": verdict_of(found.right, 0.95, 0.75),
             "caveat": f"indirect object likelier than subject; likeliest of all tokens in {found['first']:.1%}; interval over {found.prompts:.0f} prompts; "
-                      "a model of three layers whose text is in part made up for the task"}
+                      "a model of three layers, trained on text made up for the task"}
 
 
 row("11.accuracy", claim="The model does the task for held-out names, in sentences as in training", **of_accuracy(new_names))

@@ -1,7 +1,7 @@
 """Transformers of several layers and dictionaries on their residual stream: what notebooks 11 and 12 stand on.
 
-There are two. One is trained on the corpus alone; "names" goes on from it with text in part made up for indirect object
-identification, and has a token for each name besides. Nobody gives anything to anybody in code and manuals.
+There are two. One is trained on the corpus; nobody gives anything to anybody in code and manuals, so the other, "names", is
+trained on short text made up for indirect object identification, and has a token for each name besides.
 """
 
 from dataclasses import asdict, replace
@@ -34,20 +34,10 @@ def vocabulary(study: Study) -> list[bytes]:
 
 def contexts(study: Study, on: str = "corpus") -> Tensor:
     """What a model, and dictionaries on it, are trained on: int32 [n_contexts, n_ctx]."""
-    corpus, sizes = study.contexts("train"), study.profile.deep
     if on == "corpus":
-        return corpus
-    config = sizes.with_names
-    n = config.n_steps * config.batch_contexts
-    made = ioi.training_contexts(tokenizer(study), round(sizes.made_up * n), config.n_ctx, study.seed)
-    short = pieces(corpus, config.n_ctx)
-    spread = torch.linspace(0, len(short) - 1, min(n - len(made), len(short))).long()
-    return torch.cat([short[spread], made])
-
-
-def pieces(contexts: Tensor, n_ctx: int) -> Tensor:
-    """Contexts cut into shorter ones; what is left over of each goes."""
-    return contexts[:, :contexts.shape[1] // n_ctx * n_ctx].reshape(-1, n_ctx)
+        return study.contexts("train")
+    config = study.profile.deep.with_names
+    return ioi.training_contexts(tokenizer(study), config.n_steps * config.batch_contexts, config.n_ctx, study.seed)
 
 
 def _config(study: Study, on: str) -> TransformerConfig:
@@ -58,19 +48,15 @@ def _config(study: Study, on: str) -> TransformerConfig:
 
 
 def transformer(study: Study, on: str = "corpus") -> Trained:
-    """The model of several layers trained on the corpus, or the one that goes on from it with "names"; and its log."""
+    """The model of several layers trained on the "corpus" or on sentences with "names", and the log of its training."""
     config = _config(study, on)
-    start = None if on == "corpus" else transformer(study)
-    recipe = asdict(config) | ({} if start is None else {"made_up": study.profile.deep.made_up})
 
     def make(out: Path, checkpoint: Path) -> None:
-        model, log = train_transformer(contexts(study, on), config, checkpoint / "transformer.safetensors", device=best_device(),
-                                       start=start and start.model)
+        model, log = train_transformer(contexts(study, on), config, checkpoint / "transformer.safetensors", device=best_device())
         save_transformer(model, out / "weights.safetensors", torch.float16)  # the committed one stays small
         log.to_json(out / "log.json", orient="records")
 
-    inputs = [study.tokens_artefact] + ([] if start is None else [start.artefact])
-    artefact = study.store.stage("deep_transformer" + _suffix(on), recipe, make, inputs=inputs)
+    artefact = study.store.stage("deep_transformer" + _suffix(on), asdict(config), make, inputs=[study.tokens_artefact])
     return Trained(load_transformer(artefact.path / "weights.safetensors", config),
                    pd.read_json(artefact.path / "log.json", orient="records"), artefact)
 

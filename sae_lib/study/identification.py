@@ -2,8 +2,8 @@
 
 One name is exchanged for another in sentences of the task, and the directions of several codings of the residual stream are
 patched in the order of `patching.order`. An *exchange* is a pair of names; a *set* is one or more exchanges whose sentences share
-one order, found on half of the sentences and measured on the other half. Names are drawn from all, held-out ones as well;
-sentences are such as the model was never trained on: "dev" where a choice is made, "held out" where it is measured.
+one order, found on half of the sentences and measured on the other half. Names are those the task was trained with; sentences
+are such as the model was never trained on: "dev" where a choice is made, "held out" where it is measured.
 """
 
 import json
@@ -32,7 +32,7 @@ FEATURES, DENSE, PCA, PAIRS, DIMENSIONS, RANDOM = ("features", "dictionary witho
                                                    "random rotation")
 CODINGS = (FEATURES, PCA, PAIRS, DENSE, DIMENSIONS, RANDOM)
 ROLES = ("indirect object", "subject", "subject again", "last token", "all others")
-# Features of an exchange that are looked at, tokens listed of each, made-up contexts for these; a quarter as many of corpus
+# Features of an exchange that are looked at, tokens listed of each, and made-up contexts in which these are looked for.
 FIRST, LISTED, TEXT = 3, 5, 4000
 PURPOSES = {"order": 0, "measure": 1}
 
@@ -44,10 +44,10 @@ def accuracy(study: Study) -> pd.DataFrame:
     model, n = deep.transformer(study, NAMES), study.profile.identification.prompts
 
     def make(out: Path, _: Path) -> None:
-        rows, tokenizer = [], deep.tokenizer(study)
+        rows, tokenizer, n_ctx = [], deep.tokenizer(study), study.profile.deep.with_names.n_ctx
         for names, chosen in zip(("known", "held out"), ioi.split_names(), strict=True):
             for sentences in ioi.SENTENCES:
-                found = ioi.answers(model.model, ioi.prompts(tokenizer, chosen, sentences, n, study.seed))
+                found = ioi.answers(model.model, ioi.prompts(tokenizer, chosen, sentences, n, study.seed, n_ctx))
                 row = {"names": names, "sentences": sentences, "prompts": n, "margin": float(found.margin.mean())}
                 for name, values in (("right", found.right), ("first", found.first)):
                     row |= dict(zip((name, f"{name}_low", f"{name}_high"), share_interval(int(values.sum()), n), strict=True))
@@ -71,10 +71,10 @@ class Sentences(NamedTuple):
 def exchanged(study: Study, exchanges: int, repeat: int, kind: str, purpose: str, n: int) -> Sentences:
     """Sentences of the `repeat`th set of so many exchanges. Subjects are other names; each exchange has ABBA and BABA alike."""
     rng = numpy_generator(study.seed, f"exchanges, {kind}, {exchanges}", repeat)
-    names = rng.permutation(ioi.NAMES).tolist()
+    names = rng.permutation(ioi.split_names()[0]).tolist()
     drawn, others = names[:2 * exchanges], names[2 * exchanges:]
     tokenizer, seed = deep.tokenizer(study), 1000 * study.seed + 2 * repeat + PURPOSES[purpose]
-    asked = ioi.prompts(tokenizer, others, kind, n, seed)
+    asked = ioi.prompts(tokenizer, others, kind, n, seed, study.profile.deep.with_names.n_ctx)
     ids = torch.tensor([tokenizer.token_to_id(f" {name}") for name in drawn]).view(exchanges, 2)[torch.arange(n) // 2 % exchanges]
     return Sentences(asked.exchanged(ids[:, 0]), asked.exchanged(ids[:, 1]))
 
@@ -230,15 +230,14 @@ class Meaning(NamedTuple):
 
 
 def meaning(study: Study, after: int) -> Meaning:
-    """What the first features in the order of each exchange are, from made-up and corpus text that nothing was trained on."""
+    """What the first features in the order of each exchange are, from made-up text that nothing was trained on."""
     model, sizes, sets = deep.transformer(study, NAMES), study.profile.identification, one_exchange(study, after)
 
     def make(out: Path, _: Path) -> None:
         sae, n_ctx = deep.dictionary(study, after, on=NAMES).model, study.profile.deep.with_names.n_ctx
         made = ioi.training_contexts(deep.tokenizer(study), TEXT, n_ctx, 10_000 + study.seed)
-        text = torch.cat([made, deep.pieces(study.contexts("test"), n_ctx)[:TEXT // 4]])
-        units = features.activation_table(model.model, text, sae.encode, after=after)
-        tokens, rows, examples = text.flatten().numpy(), [], {}
+        units = features.activation_table(model.model, made, sae.encode, after=after)
+        tokens, rows, examples = made.flatten().numpy(), [], {}
         for row in sets[sets.coding == FEATURES].itertuples():
             sentences = exchanged(study, 1, row.repeat, "held out", "measure", sizes.sentences)
             codes = [sae.encode(residual.activations(model.model, each.tokens, after), row.first) for each in sentences]
@@ -260,7 +259,7 @@ def meaning(study: Study, after: int) -> Meaning:
         (out / "meaning.json").write_text(json.dumps({"table": rows, "examples": examples}))
 
     artefact = study.store.stage(f"ioi_meaning_{after}", {"first": FIRST, "text": TEXT, "exchanges": sizes.exchanges}, make,
-                                 inputs=[model.artefact, study.tokens_artefact])
+                                 inputs=[model.artefact])
     found = json.loads((artefact.path / "meaning.json").read_text())
     return Meaning(pd.DataFrame(found["table"]), {int(unit): value for unit, value in found["examples"].items()})
 

@@ -36,12 +36,11 @@ class DeepSizes:
     """Sizes of notebooks 11 and 12: transformers of several layers, and dictionaries on their residual stream."""
 
     transformer: TransformerConfig = TransformerConfig(n_tokens=7_000_000, n_layers=3)
-    # The one that goes on with names, which are in its vocabulary besides; see `ioi.training_contexts` for the short contexts.
-    with_names: TransformerConfig = TransformerConfig(n_tokens=5_000_000, n_layers=3, n_ctx=36, batch_contexts=128)
-    made_up: float = 0.85  # share of its text that is made up for the task; the rest is of the corpus
+    # The one for notebook 11, with names in its vocabulary besides; see `ioi.training_contexts` for the short contexts.
+    with_names: TransformerConfig = TransformerConfig(n_tokens=3_000_000, n_layers=3, n_ctx=34, batch_contexts=128)
     dictionary: TrainConfig = TrainConfig(n_activations=4_000_000, batch_size=2048, l1_coefficient=2.0, lr=1e-3, lr_warmup=0.01,
                                           lr_decay=0.4, birth_density=0.005, resample_inputs=131_072)
-    names_activations: int = 2_500_000  # on which dictionaries of the model with names are trained
+    names_activations: int = 1_500_000  # on which dictionaries of the model with names are trained
     expansion: int = 8  # features per dimension of the residual stream
 
 
@@ -52,11 +51,11 @@ class IdentificationSizes:
     prompts: int = 1000  # for the accuracy, of each kind
     sentences: int = 20  # of one exchange, to find an order on, and as many to measure it on
     sentences_of_many: int = 50  # of many exchanges together, as in the paper
-    exchanges: int = 10  # that are measured one at a time
-    dev_exchanges: int = 4  # on which the layer is chosen
-    growth: tuple[tuple[int, int], ...] = ((2, 3), (5, 2), (15, 1), (50, 1))  # exchanges in a set, and sets
+    exchanges: int = 8  # that are measured one at a time
+    dev_exchanges: int = 3  # on which the layer is chosen
+    growth: tuple[tuple[int, int], ...] = ((2, 2), (5, 2), (15, 1), (50, 1))  # exchanges in a set, and sets
     layers: tuple[int, ...] = (1, 2)  # after which is patched
-    l1: tuple[float, ...] = (4.0, 2.0, 0.0)
+    l1: tuple[float, ...] = (2.0, 0.0)
     thresholds: tuple[float, float, int] = (-4.0, 0.5, 12)  # of the order: powers of ten from, to, and how many
     most: int = 256  # directions that are patched
 
