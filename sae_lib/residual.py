@@ -21,9 +21,8 @@ from sae_lib.transformer import (
     Parameters,
     Transformer,
     embed,
-    linear,
+    layer_at,
     mlp_activations,
-    mlp_post,
     next_token_losses,
     norm,
     parameters,
@@ -116,15 +115,22 @@ def last_after_next(model: Transformer, resid: Float[Tensor, "batch pos d_model"
     _check(model, after + 1)
     if not is_own(model):
         return go_on(model, resid, after, after + 1)[:, -1]
-    p, layer = parameters(model), f"layers.{after}"
+    last = torch.full((len(resid),), resid.shape[1] - 1, device=resid.device)
+    return layer_at(parameters(model), resid, model.cfg.n_heads, after, last)
 
-    def heads(name: str, x: Tensor) -> Tensor:
-        return linear(p, f"{layer}.attn.{name}", x).unflatten(-1, (model.cfg.n_heads, -1)).transpose(1, 2)
 
-    x, last = norm(p, f"{layer}.ln1", resid), resid[:, -1:]
-    z = F.scaled_dot_product_attention(heads("q", x[:, -1:]), heads("k", x), heads("v", x))
-    last = last + linear(p, f"{layer}.attn.o", z.transpose(1, 2).flatten(-2))
-    return (last + linear(p, f"{layer}.mlp.fc_out", mlp_post(p, layer, last)))[:, 0]
+@torch.no_grad()
+def ends(model: Transformer, resid: Float[Tensor, "batch pos d_model"], after: int,
+         last: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_model"]:
+    """The residual stream after all layers, from that after `after` of them, at one position of each row only.
+
+    In the last layer of the study's own models no other position is worked out: whoever asks only what a sentence predicts pays
+    about a fifth. Raises StudyError if there are not so many layers.
+    """
+    n, rows = model.cfg.n_layers, torch.arange(len(resid))
+    if not is_own(model) or after >= n:
+        return go_on(model, resid, after)[rows, last]
+    return layer_at(parameters(model), go_on(model, resid, after, n - 1), model.cfg.n_heads, n - 1, last)
 
 
 @torch.no_grad()

@@ -127,6 +127,19 @@ def through_layers(p: Parameters, resid: Tensor, n_heads: int, layers: range) ->
     return resid
 
 
+def layer_at(p: Parameters, resid: Tensor, n_heads: int, i: int, at: Tensor) -> Tensor:
+    """Residual stream after layer i at the position `at` of each row alone, [batch, d_model], from that before it at all."""
+    layer, rows = f"layers.{i}", torch.arange(len(resid), device=resid.device)
+    x = norm(p, f"{layer}.ln1", resid)
+    k, v = (linear(p, f"{layer}.attn.{name}", x).unflatten(-1, (n_heads, -1)) for name in "kv")
+    q = linear(p, f"{layer}.attn.q", x[rows, at]).unflatten(-1, (n_heads, -1))
+    scores = torch.einsum("bhd,bphd->bph", q * q.shape[-1] ** -0.5, k)
+    scores.masked_fill_((torch.arange(x.shape[1], device=at.device) > at[:, None])[..., None], -torch.inf)
+    z = torch.einsum("bph,bphd->bhd", torch.softmax(scores, 1), v).flatten(1)
+    end = resid[rows, at] + linear(p, f"{layer}.attn.o", z)
+    return end + linear(p, f"{layer}.mlp.fc_out", mlp_post(p, layer, end))
+
+
 def before_last_mlp(p: Parameters, tokens: Tensor, n_heads: int, n_layers: int) -> Tensor:
     """Residual stream before the last MLP, [batch, pos, d_model]."""
     resid = through_layers(p, embed(p, tokens), n_heads, range(n_layers - 1))

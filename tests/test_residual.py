@@ -61,6 +61,14 @@ def test_the_last_position_alone(model, tokens):
         residual.last_after_next(model, resid, 3)
 
 
+def test_ends_are_where_each_row_ends(model, tokens):
+    last = torch.tensor([15, 0, 3, 7, 14, 1])
+    for after in range(4):
+        resid = residual.activations(model, tokens, after)
+        expected = residual.go_on(model, resid, after)[torch.arange(6), last]
+        torch.testing.assert_close(residual.ends(model, resid, after, last), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_kept_positions(model, tokens):
     keep = torch.tensor([[3, 0]] * 6)
     found = residual.activations(model, tokens, 2, keep)

@@ -1,13 +1,18 @@
-"""A transformer of several layers and dictionaries on its residual stream: what notebooks 11 and 12 stand on."""
+"""Transformers of several layers and dictionaries on their residual stream: what notebooks 11 and 12 stand on.
+
+There are two. One is trained on the corpus; nobody gives anything to anybody in code and manuals, so the other, "names", is
+trained on short text made up for indirect object identification, and has a token for each name besides.
+"""
 
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from sae_lib import residual
+from sae_lib import ioi, residual
 from sae_lib.activations import ActivationStream
 from sae_lib.precision import best_device
 from sae_lib.pretrain import train_transformer
@@ -17,53 +22,78 @@ from sae_lib.train import train_sae
 from sae_lib.transformer import TransformerConfig, load_transformer, save_transformer
 
 
-def contexts(study: Study) -> Tensor:
-    """What the model, and dictionaries on it, are trained on: int32 [n_contexts, n_ctx]."""
-    return study.contexts("train")
+def tokenizer(study: Study) -> Tokenizer:
+    """The study's tokenizer with a token for each name; ids of all others are as they were."""
+    return ioi.with_names(study.tokens.tokenizer)
 
 
-def _config(study: Study) -> TransformerConfig:
-    return replace(study.profile.deep.transformer, seed=2 * study.seed)
+def vocabulary(study: Study) -> list[bytes]:
+    """The bytes of every token of the model with names, by id."""
+    return study.vocabulary + [f" {name}".encode() for name in ioi.NAMES]
 
 
-def transformer(study: Study) -> Trained:
-    """The model of several layers, and the log of its training."""
-    config = _config(study)
+def contexts(study: Study, on: str = "corpus") -> Tensor:
+    """What a model, and dictionaries on it, are trained on: int32 [n_contexts, n_ctx]."""
+    if on == "corpus":
+        return study.contexts("train")
+    config = study.profile.deep.with_names
+    return ioi.training_contexts(tokenizer(study), config.n_steps * config.batch_contexts, config.n_ctx, study.seed)
+
+
+def _config(study: Study, on: str) -> TransformerConfig:
+    sizes, seed = study.profile.deep, 2 * study.seed
+    if on == "corpus":
+        return replace(sizes.transformer, seed=seed)
+    return replace(sizes.with_names, d_vocab=sizes.transformer.d_vocab + len(ioi.NAMES), seed=seed)
+
+
+def transformer(study: Study, on: str = "corpus") -> Trained:
+    """The model of several layers trained on the "corpus" or on sentences with "names", and the log of its training."""
+    config = _config(study, on)
 
     def make(out: Path, checkpoint: Path) -> None:
-        model, log = train_transformer(contexts(study), config, checkpoint / "transformer.safetensors", device=best_device())
+        model, log = train_transformer(contexts(study, on), config, checkpoint / "transformer.safetensors", device=best_device())
         save_transformer(model, out / "weights.safetensors", torch.float16)  # the committed one stays small
         log.to_json(out / "log.json", orient="records")
 
-    artefact = study.store.stage("deep_transformer", asdict(config), make, inputs=[study.tokens_artefact])
+    artefact = study.store.stage("deep_transformer" + _suffix(on), asdict(config), make, inputs=[study.tokens_artefact])
     return Trained(load_transformer(artefact.path / "weights.safetensors", config),
                    pd.read_json(artefact.path / "log.json", orient="records"), artefact)
 
 
-def stream(study: Study, after: int, batch_size: int | None = None) -> ActivationStream:
+def _suffix(on: str) -> str:
+    return "" if on == "corpus" else f"_{on}"
+
+
+def stream(study: Study, after: int, batch_size: int | None = None, on: str = "corpus") -> ActivationStream:
     """Training activations: the residual stream after so many layers, in batches of the dictionaries' size unless told."""
-    return ActivationStream(transformer(study).model, contexts(study), batch_size or study.profile.deep.dictionary.batch_size,
-                            replace(study.profile.stream, seed=2 * study.seed), device=best_device(), after=after)
+    sizes, config = study.profile.deep, replace(study.profile.stream, seed=2 * study.seed)
+    if on != "corpus":  # in a short context about so many tokens are a sentence's and not what fills it up
+        config = replace(config, tokens_per_context=sizes.with_names.n_ctx // 2, chunk_contexts=16 * config.chunk_contexts)
+    return ActivationStream(transformer(study, on).model, contexts(study, on), batch_size or sizes.dictionary.batch_size, config,
+                            device=best_device(), after=after)
 
 
-def dictionary(study: Study, after: int, l1_coefficient: float | None = None) -> Trained:
+def dictionary(study: Study, after: int, l1_coefficient: float | None = None, on: str = "corpus") -> Trained:
     """The dictionary of the residual stream after so many layers, with the profile's L1 coefficient unless told."""
-    sizes, model = study.profile.deep, transformer(study)
+    sizes, model, read = study.profile.deep, transformer(study, on), _config(study, on)
     train = replace(sizes.dictionary, seed=study.seed)
+    if on != "corpus":
+        train = replace(train, n_activations=sizes.names_activations)
     if l1_coefficient is not None:
         train = replace(train, l1_coefficient=l1_coefficient)
-    config = SAEConfig(d_in=sizes.transformer.d_model, d_sae=sizes.expansion * sizes.transformer.d_model, seed=study.seed,
-                       model_name="deep_transformer", hook_name=residual.hook_name(model.model, after),
-                       context_size=sizes.transformer.n_ctx)
+    config = SAEConfig(d_in=read.d_model, d_sae=sizes.expansion * read.d_model, seed=study.seed,
+                       model_name="deep_transformer" + _suffix(on), hook_name=residual.hook_name(model.model, after),
+                       context_size=read.n_ctx)
 
     def make(out: Path, checkpoint: Path) -> None:
-        source = stream(study, after, train.batch_size)
+        source = stream(study, after, train.batch_size, on)
         sae, log = train_sae(source, config, train, checkpoint / "dictionary.safetensors", device=source.device)
         sae.metadata["dataset_path"] = study.profile.corpus.source
         sae.save(out, torch.float16)
         log.to_json(out / "log.json", orient="records")
 
-    name = f"deep_sae_{after}" + ("" if l1_coefficient is None else f"_l1_{l1_coefficient:g}")
+    name = f"deep_sae{_suffix(on)}_{after}" + ("" if l1_coefficient is None else f"_l1_{l1_coefficient:g}")
     everything = {"sae": asdict(config), "train": asdict(train), "stream": asdict(study.profile.stream)}
     artefact = study.store.stage(name, everything, make, inputs=[model.artefact, study.tokens_artefact])
     return Trained(SAE.load(artefact.path), pd.read_json(artefact.path / "log.json", orient="records"), artefact)

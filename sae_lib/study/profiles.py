@@ -33,11 +33,14 @@ class ToySizes:
 
 @dataclass(frozen=True)
 class DeepSizes:
-    """Sizes of notebooks 11 and 12: a transformer of several layers, and dictionaries on its residual stream."""
+    """Sizes of notebooks 11 and 12: transformers of several layers, and dictionaries on their residual stream."""
 
     transformer: TransformerConfig = TransformerConfig(n_tokens=7_000_000, n_layers=3)
+    # The one for notebook 11, with names in its vocabulary besides; see `ioi.training_contexts` for the short contexts.
+    with_names: TransformerConfig = TransformerConfig(n_tokens=3_000_000, n_layers=3, n_ctx=34, batch_contexts=128)
     dictionary: TrainConfig = TrainConfig(n_activations=4_000_000, batch_size=2048, l1_coefficient=2.0, lr=1e-3, lr_warmup=0.01,
                                           lr_decay=0.4, birth_density=0.005, resample_inputs=131_072)
+    names_activations: int = 1_500_000  # on which dictionaries of the model with names are trained
     expansion: int = 8  # features per dimension of the residual stream
     case_text: int = 2048  # contexts of test text in which the chosen features are measured
     case_contexts: int = 96  # contexts with what a feature is for, in which edits are compared
@@ -81,6 +84,22 @@ class OwnSizes:
 
 
 @dataclass(frozen=True)
+class IdentificationSizes:
+    """Sizes of notebook 11: sentences of the task, and exchanges of one name in them for another."""
+
+    prompts: int = 1000  # for the accuracy, of each kind
+    sentences: int = 20  # of one exchange, to find an order on, and as many to measure it on
+    sentences_of_many: int = 50  # of many exchanges together, as in the paper
+    exchanges: int = 8  # that are measured one at a time
+    dev_exchanges: int = 3  # on which the layer is chosen
+    growth: tuple[tuple[int, int], ...] = ((2, 2), (5, 2), (15, 1), (50, 1))  # exchanges in a set, and sets
+    layers: tuple[int, ...] = (1, 2)  # after which is patched
+    l1: tuple[float, ...] = (2.0, 0.0)
+    thresholds: tuple[float, float, int] = (-4.0, 0.5, 12)  # of the order: powers of ten from, to, and how many
+    most: int = 256  # directions that are patched
+
+
+@dataclass(frozen=True)
 class Profile:
     """Every size and hyperparameter of one scale of the study."""
 
@@ -105,6 +124,7 @@ class Profile:
     deep: DeepSizes = DeepSizes()
     frontier: FrontierSizes = FrontierSizes()
     own: OwnSizes = OwnSizes()
+    identification: IdentificationSizes = IdentificationSizes()
 
     @property
     def d_sae(self) -> int:
@@ -166,8 +186,9 @@ SMOKE = replace(
                              resample_inputs=1024, precision="float32")),
     deep=DeepSizes(
         transformer=TransformerConfig(n_tokens=300_000, n_layers=3, d_vocab=1024, n_ctx=64, d_model=64, n_heads=2, d_mlp=128),
+        with_names=TransformerConfig(n_tokens=200_000, n_layers=3, n_ctx=48, d_model=64, n_heads=2, d_mlp=128),
         dictionary=TrainConfig(n_activations=80_000, batch_size=512, l1_coefficient=1.0, lr=1e-3, birth_density=0.01,
-                               resample_inputs=8192), expansion=4,
+                               resample_inputs=8192), names_activations=60_000, expansion=4,
         case_contexts=8, case_places=40, tree_branches=(2, 2), tree_places=6, surveyed=2),
     frontier=FrontierSizes(
         training=TrainConfig(n_activations=16_384, batch_size=256, lr_decay=0.4, birth_density=0.02, resample_inputs=1024,
@@ -178,6 +199,8 @@ SMOKE = replace(
         fault_training=TrainConfig(n_activations=16_384, batch_size=256, lr=1e-3, l1_coefficient=4.0, lr_decay=0.4,
                                    birth_density=0.02, resample_inputs=1024, log_every=2)),
     own=OwnSizes(n_tokens=300_000, n_ctx=64, n_activations=50_000, held_out_contexts=64, prompts=16),
+    identification=IdentificationSizes(prompts=60, sentences=4, sentences_of_many=8, exchanges=2, dev_exchanges=2,
+                                       growth=((2, 1), (3, 1)), layers=(1,), l1=(1.0, 0.0), thresholds=(-2.0, 0.0, 2), most=24),
 )
 
 PAPER = replace(

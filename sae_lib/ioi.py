@@ -1,0 +1,192 @@
+"""Indirect object identification (Cunningham et al., section 4; C4): the task, its sentences, and how well a model does it.
+
+    When Alice and Bob went to the park, Bob gave a ring to -> Alice
+
+The name that is not repeated is the indirect object. Which of the two comes first is told apart as ABBA and BABA. The names and
+all other words are this project's own; every name is one token, added to the tokenizer's vocabulary with the blank before it.
+Some names, and some ways to say it, are held out: they never stand in a sentence of this kind that a model is trained on.
+Held-out names are met in other sentences, so that a model knows them as names.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+
+from sae_lib import residual
+from sae_lib.activations import ActivationStream
+from sae_lib.errors import StudyError
+from sae_lib.seeds import numpy_generator
+from sae_lib.transformer import Transformer
+
+NAMES = (
+    "Adam", "Alan", "Albert", "Alex", "Alice", "Amanda", "Amy", "Andrew", "Angela", "Anna", "Arthur", "Barbara", "Ben", "Betty",
+    "Bob", "Brian", "Bruce", "Carl", "Carol", "Charles", "Chris", "Claire", "Daniel", "David", "Deborah", "Dennis", "Diana",
+    "Donald", "Dorothy", "Edward", "Elena", "Emily", "Emma", "Eric", "Eva", "Felix", "Frank", "Fred", "Gary", "George", "Gloria",
+    "Grace", "Greg", "Hannah", "Harry", "Helen", "Henry", "Howard", "Ian", "Irene", "Jack", "Jacob", "James", "Jane", "Janet",
+    "Jason", "Jean", "Jeff", "Jennifer", "Jerry", "Jessica", "Joan", "John", "Jonathan", "Joseph", "Joyce", "Julia", "Karen",
+    "Kate", "Keith", "Kelly", "Kevin", "Kim", "Kyle", "Larry", "Laura", "Lauren", "Leo", "Linda", "Lisa", "Louis", "Lucy", "Luke",
+    "Margaret", "Maria", "Marilyn", "Mark", "Martha", "Martin", "Mary", "Matthew", "Max", "Megan", "Melissa", "Michael", "Nancy",
+    "Nathan", "Neil", "Nicole", "Nina", "Noah", "Olivia", "Oscar", "Patrick", "Paul", "Peter", "Philip", "Rachel", "Ralph",
+    "Rebecca", "Richard", "Robert", "Roger", "Rose", "Roy", "Russell", "Ruth", "Ryan", "Samuel", "Sandra", "Sarah", "Scott",
+    "Sean", "Sharon", "Simon", "Sophia", "Stephen", "Steve", "Susan", "Teresa", "Thomas", "Tim", "Tom", "Vanessa", "Victor",
+    "Vincent", "Walter", "Wendy", "William", "Zoe")
+HELD_OUT_EVERY = 5  # of the names, which are in alphabetical order
+
+OPENINGS = ("When", "After", "While", "Then,", "One day", "Because", "Before", "Once", "Later", "At last")
+MEETINGS = ("{} and {} went to the {place}", "{} and {} were at the {place}", "{} met {} at the {place}",
+            "{} and {} sat in the {place}", "{} saw {} near the {place}", "{} and {} came back from the {place}",
+            "{} was with {} in the {place}", "{} and {} had a long talk at the {place}", "{} called {} from the {place}",
+            "{} and {} worked in the {place}")
+GIVINGS = ("{} gave a {thing} to", "{} handed the {thing} to", "{} sent a {thing} to", "{} showed the {thing} to",
+           "{} wanted to give the {thing} to", "{} read a letter to", "{} said hello to", "{} took a {thing} to",
+           "{} was happy to write to", "{} left the {thing} to")
+HELD_OUT_MEETINGS = ("{} and {} walked around the {place}", "{} found {} inside the {place}", "{} and {} ate at the {place}")
+HELD_OUT_GIVINGS = ("{} passed the {thing} to", "{} made a {thing} and offered it to", "{} began to sing a song to")
+DEV_MEETINGS = ("{} and {} waited at the {place}", "{} ran into {} outside the {place}")
+DEV_GIVINGS = ("{} lent the {thing} to", "{} threw a {thing} to")
+PLACES = ("park", "house", "school", "market", "office", "garden", "station", "library", "church", "beach", "hotel", "store",
+          "kitchen", "river", "castle", "farm")
+THINGS = ("ring", "book", "drink", "key", "map", "ball", "picture", "card", "box", "coat", "cake", "flower", "pen", "basket",
+          "watch", "lamp")
+OTHERS = ("The {thing} of {} is in the {place}.", "{} has a {thing}. It is the best {thing} that {} had.",
+          "I asked {} about the {place}.", "The {place} belongs to {}. Nobody but {} has the key.",
+          "{} likes the {place}. So {} is there every day.", "My friend {} bought a {thing}.",
+          "This is the {place} of {}. You can find {} there.", "We waited for {} at the {place}.")
+SENTENCES = {"train": (MEETINGS, GIVINGS), "dev": (DEV_MEETINGS, DEV_GIVINGS), "held out": (HELD_OUT_MEETINGS, HELD_OUT_GIVINGS)}
+ENDINGS = (".", " at once.", " yesterday.", " again.", ", who smiled.")
+
+
+def split_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names that the task is trained with, and those that are held out of it."""
+    held_out = NAMES[HELD_OUT_EVERY - 1::HELD_OUT_EVERY]
+    return tuple(name for name in NAMES if name not in held_out), held_out
+
+
+def with_names(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of a tokenizer with a token for each name and the blank before it, after all others, in the order of NAMES."""
+    extended = Tokenizer.from_str(tokenizer.to_str())
+    extended.add_tokens([AddedToken(f" {name}", normalized=False) for name in NAMES])
+    return extended
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Writes sentences with one stream of random numbers."""
+
+    def __init__(self, seed: int, purpose: str):
+        self.rng = numpy_generator(seed, f"indirect objects: {purpose}")
+
+    def one_of(self, choices: Sequence[str]) -> str:
+        return choices[self.rng.integers(len(choices))]
+
+    def two_of(self, names: Sequence[str]) -> tuple[str, str]:
+        first, second = self.rng.choice(len(names), 2, replace=False)
+        return names[first], names[second]
+
+    def filled(self, frame: str, *names: str) -> str:
+        return frame.format(*names, place=self.one_of(PLACES), thing=self.one_of(THINGS))
+
+    def task(self, sentences: str, indirect: str, subject: str, abba: bool) -> str:
+        """A sentence up to the indirect object."""
+        meetings, givings = SENTENCES[sentences]
+        pair = (indirect, subject) if abba else (subject, indirect)
+        meeting, giving = self.filled(self.one_of(meetings), *pair), self.filled(self.one_of(givings), subject)
+        return f" {self.one_of(OPENINGS)} {meeting}, {giving}"
+
+    def document(self, known: Sequence[str], held_out: Sequence[str]) -> str:
+        """A sentence of the task, or, 3 times of 10, a sentence or two about one person."""
+        if self.rng.random() < 0.3:
+            name, frame = self.one_of(known if self.rng.random() < 0.5 else held_out), self.one_of(OTHERS)
+            return " " + self.filled(frame, *[name] * frame.count("{}"))
+        indirect, subject = self.two_of(known)
+        return f"{self.task('train', indirect, subject, self.rng.random() < 0.5)} {indirect}{self.one_of(ENDINGS)}"
+
+
+def training_contexts(tokenizer: Tokenizer, n_contexts: int, n_ctx: int, seed: int) -> Int[Tensor, "n_contexts n_ctx"]:
+    """Made-up text to train on: one short document a context, after an end-of-text and filled up with it.
+
+    7 of 10 are a sentence of the task with known names; the others are about one person, as often one whose name is held out of
+    the task. Where a sentence begins is where a context does: in long contexts full of sentences, at hundreds of positions that
+    a small model learns one by one, it learned to copy a name within millions of tokens, but not to choose. `tokenizer` is one
+    `with_names`.
+    """
+    writer, (known, held_out) = _Writer(seed, "training text"), split_names()
+    found = torch.full((n_contexts, n_ctx), ActivationStream.END_OF_TEXT, dtype=torch.int32)
+    encodings = tokenizer.encode_batch_fast([writer.document(known, held_out) for _ in range(n_contexts)])
+    for row, encoding in zip(found, encodings, strict=True):
+        ids = encoding.ids[:n_ctx - 1]
+        row[1:1 + len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    return found
+
+
+class Prompts(NamedTuple):
+    """Sentences up to the indirect object, each after an end-of-text and padded with that at its end."""
+
+    tokens: Int[Tensor, "n longest"]
+    last: Int[Tensor, " n"]
+    """Position of the last token, whose prediction is asked."""
+    indirect: Int[Tensor, " n"]
+    subject: Int[Tensor, " n"]
+    """Tokens of the names."""
+    abba: Bool[Tensor, " n"]
+
+    def exchanged(self, names: Int[Tensor, " n"]) -> "Prompts":
+        """The same sentences with another indirect object: what follows is to be another name (the paper's Bob -> Vanessa)."""
+        tokens = torch.where(self.tokens == self.indirect[:, None], names[:, None], self.tokens)
+        return self._replace(tokens=tokens, indirect=names)
+
+    def some(self, rows: Int[Tensor, " k"] | slice) -> "Prompts":
+        return Prompts(*(values[rows] for values in self))
+
+
+def prompts(tokenizer: Tokenizer, names: Sequence[str], sentences: str, n: int, seed: int, n_ctx: int = 256) -> Prompts:
+    """`n` sentences of the task, as many ABBA as BABA, with names out of some and ways to say it out of "train", "dev" or "held
+    out"; those that do not fit in a context of `n_ctx` are left out.
+
+    Raises StudyError if there are fewer than three names or no such sentences.
+    """
+    if len(names) < 3 or sentences not in SENTENCES:
+        raise StudyError(f"Sentences '{sentences}' with {len(names)} names cannot be made; give three names or more, and one of "
+                         f"{', '.join(SENTENCES)}.")
+    writer = _Writer(seed, f"prompts, {sentences}")
+    ids, roles = [], []
+    while len(ids) < n:
+        indirect, subject = writer.two_of(names)
+        found = tokenizer.encode(writer.task(sentences, indirect, subject, len(ids) % 2 == 0)).ids
+        if len(found) < n_ctx:
+            ids.append([ActivationStream.END_OF_TEXT, *found])
+            roles.append((f" {indirect}", f" {subject}"))
+    longest = max(map(len, ids))
+    tokens = torch.tensor([row + [ActivationStream.END_OF_TEXT] * (longest - len(row)) for row in ids])
+    names_of = torch.tensor([[tokenizer.token_to_id(name) for name in pair] for pair in roles])
+    return Prompts(tokens, torch.tensor([len(row) - 1 for row in ids]), names_of[:, 0], names_of[:, 1], torch.arange(n) % 2 == 0)
+
+
+# --- how well it is done ---------------------------------------------------------------------------------------------
+
+
+class Answers(NamedTuple):
+    """What a model says to each prompt."""
+
+    right: Bool[np.ndarray, " n"]
+    """Whether the indirect object is likelier than the subject: the field's accuracy."""
+    first: Bool[np.ndarray, " n"]
+    """Whether it is the likeliest of all tokens."""
+    margin: Float[np.ndarray, " n"]
+    """By how much its logit is above the subject's."""
+
+
+def answers(model: Transformer, asked: Prompts) -> Answers:
+    """Ask a model to go on with each prompt."""
+    resid = residual.activations(model, asked.tokens, model.cfg.n_layers)
+    logits = residual.unembed(model, resid[torch.arange(len(asked.last)), asked.last])
+    of = lambda names: logits.gather(1, names[:, None])[:, 0]
+    indirect, subject = of(asked.indirect), of(asked.subject)
+    return Answers((indirect > subject).numpy(), (logits.argmax(1) == asked.indirect).numpy(), (indirect - subject).numpy())
