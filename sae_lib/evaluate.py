@@ -87,8 +87,8 @@ def mean_activation(model: Transformer, text: Text, after: int | None = None, sk
 
 
 @torch.no_grad()
-def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None, known: HeldOut | None = None,
-                  after: int | None = None, skip: Skip | None = None) -> HeldOut:
+def held_out_pass(model: Transformer, text: Text, sae: SAE | None = None, after: int | None = None,
+                  skip: Skip | None = None, known: HeldOut | None = None) -> HeldOut:
     """Run the model over held-out text: untouched, ablated to zero and to the mean, and with the dictionary if one is given.
 
     What is ablated or rebuilt is the last layer's MLP activations, or the residual stream `after` so many layers. Positions to

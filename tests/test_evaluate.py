@@ -64,7 +64,7 @@ def test_a_dictionary_that_says_half_has_gain_two(model, text, perfect):
 
 def test_what_is_known_of_the_text_from_another_dictionary_is_not_measured_again(model, text, perfect):
     other, whole = SAE(SAEConfig(d_in=24, d_sae=48)), held_out_pass(model, text, perfect)
-    found = held_out_pass(model, text, perfect, held_out_pass(model, text, other))
+    found = held_out_pass(model, text, perfect, known=held_out_pass(model, text, other))
     assert torch.equal(found.fired, whole.fired) and torch.equal(found.document, whole.document)
     assert found.values.keys() == whole.values.keys()
     for name, value in whole.values.items():

@@ -103,7 +103,7 @@ def broken(study: Study) -> Broken:
 
         def one(name: str) -> dict:
             sae, log = train_sae(sources.get(name, lambda: usual)(), config, runs[name], device=stream.device)
-            known[:] = [held_out_pass(model.model, text, sae, *known)]
+            known[:] = [held_out_pass(model.model, text, sae, known=known[0] if known else None)]
             error = known[0].values["error"].mean().item() * sae.metadata["training"]["activation_scale"] ** 2
             return {"log": log[COLUMNS].round(5).to_dict("records"), "held_out": error}
 

@@ -152,7 +152,7 @@ class _Measuring:
         return self._harvest
 
     def _held_out(self, split: str, sae: SAE) -> HeldOut:
-        self.known[split] = held_out_pass(self.model, self.text[split], sae, self.known.get(split))
+        self.known[split] = held_out_pass(self.model, self.text[split], sae, known=self.known.get(split))
         return self.known[split]
 
     def _measured(self, setting: Setting) -> dict:
