@@ -157,21 +157,21 @@ def layer_choice(study: Study) -> pd.DataFrame:
 
 
 def chosen_layer(choice: pd.DataFrame) -> int:
-    """The layer after which features need fewest directions as a share of what PCA needs; where nothing is learned, the first."""
-    mean = choice.pivot_table(index="after", columns="coding", values="half", aggfunc="mean", dropna=False)
-    ratio = (mean[FEATURES] / mean[PCA].clip(lower=1)).fillna(np.inf)
-    return int(ratio.idxmin())
+    """The layer after which features need fewest directions as a share of what PCA needs; of equals, the first."""
+    mean = choice.assign(needed=needed(choice)).pivot_table(index="after", columns="coding", values="needed")
+    return int((mean[FEATURES] / mean[PCA].clip(lower=1)).idxmin())
 
 
-def one_exchange(study: Study, after: int, chosen: Sequence[str] = CODINGS) -> pd.DataFrame:
+def one_exchange(study: Study, after: int) -> pd.DataFrame:
     """One exchange at a time, each with an order of its own."""
-    return _sets(study, f"one_{after}", after, "held out", [(1, study.profile.identification.exchanges)], chosen)
+    return _sets(study, f"one_{after}", after, "held out", [(1, study.profile.identification.exchanges)], CODINGS)
 
 
 def many_exchanges(study: Study, after: int) -> pd.DataFrame:
-    """One order for the sentences of many exchanges, as in the paper: all codings on the largest set."""
-    most = study.profile.identification.growth[-1][0]
-    return _sets(study, f"many_{after}", after, "held out", [(most, 1)], CODINGS)
+    """One order for the sentences of many exchanges, as in the paper: the largest set of `growth`, and other codings on it."""
+    most, both = study.profile.identification.growth[-1][0], growth(study, after)
+    others = _sets(study, f"many_{after}", after, "held out", [(most, 1)], (PAIRS, DENSE))
+    return pd.concat([both[(both.exchanges == most) & (both.repeat == 0)], others], ignore_index=True)
 
 
 def growth(study: Study, after: int) -> pd.DataFrame:
@@ -183,8 +183,12 @@ def coefficients(study: Study, after: int) -> pd.DataFrame:
     """One exchange at a time, for dictionaries of several L1 coefficients: columns as elsewhere, and l1."""
     sizes, main = study.profile.identification, study.profile.deep.dictionary.l1_coefficient
     name_of = {l1: FEATURES if l1 == main else DENSE if l1 == 0 else f"features, L1 {l1:g}" for l1 in sizes.l1}
-    table = _sets(study, f"l1_{after}", after, "held out", [(1, sizes.dev_exchanges)], list(name_of.values()))
-    return table.assign(l1=table.coding.map({name: l1 for l1, name in name_of.items()}))
+    others = [name for name in name_of.values() if name not in CODINGS]
+    parts = [one_exchange(study, after)] + ([_sets(study, f"l1_{after}", after, "held out", [(1, sizes.exchanges)], others)]
+                                            if others else [])
+    table = pd.concat(parts, ignore_index=True)
+    l1 = table.coding.map({name: l1 for l1, name in name_of.items()})
+    return table.assign(l1=l1).dropna(subset="l1")
 
 
 # --- where, and what -------------------------------------------------------------------------------------------------
@@ -279,17 +283,19 @@ def _examples(tokens: Int[np.ndarray, " n"], where_: Int[np.ndarray, " active"],
 # --- numbers of sets -------------------------------------------------------------------------------------------------
 
 
+def needed(sets: pd.DataFrame) -> Float[np.ndarray, " sets"]:
+    """Directions that half of the KL takes; of a set that never gets there, which needs more, all that were patched."""
+    return np.where(sets.half.isna(), [len(kl) - 1 for kl in sets.kl], sets.half).astype(float)
+
+
 def mean_half(sets: pd.DataFrame, **draws: int) -> Interval:
-    """Mean over sets of the directions that half of the KL takes, of those sets that get there; bootstrap over sets. All nan if
-    fewer than two do."""
-    values = sets.half.dropna().astype(float).to_numpy()
-    if len(values) < 2:
-        return Interval(np.nan, np.nan, np.nan)
+    """Mean over sets of the directions `needed`, with a bootstrap over sets."""
+    values = needed(sets)
     return bootstrap_interval(np.stack([values, np.ones(len(values))], 1), lambda t: t[..., 0] / t[..., 1], **draws)
 
 
 def edit_at_half(sets: pd.DataFrame, **draws: int) -> Interval:
-    """The same of the edit's mean norm there."""
+    """Mean over those sets that get there of the edit's mean norm at half of the KL; all nan if fewer than two do."""
     values = np.array([row.edit[int(row.half)] for row in sets.dropna(subset="half").itertuples()])
     if len(values) < 2:
         return Interval(np.nan, np.nan, np.nan)
