@@ -99,7 +99,8 @@ row("11.accuracy.new_sentences", claim="The model does the task for held-out nam
 # %% [markdown]
 # ## 2 · Where the name is
 #
-# **Claim.** The name stays at its own place until the last layers read it off.
+# **Claim.** In this small model the first layer already carries the name to the last token; its own place says nothing from then on.
+# The later layers only choose between names that are there.
 #
 # Take a sentence with one name (the *base*) and the same sentence with another (the *target*). Run the base, but from some layer on
 # use the target's residual stream at some positions. What is left of KL(patched || target) at the last token?
@@ -110,10 +111,8 @@ row("11.accuracy.new_sentences", claim="The model does the task for held-out nam
 places = identification.where(run)
 at_end = places[places.role == "last token"].set_index("after").left
 at_name = places[places.role == "indirect object"].set_index("after").left
-knows = [after for after in at_end.index if at_end[after] < 0.5]
 study.show(draw.where_figure(places), "11-where",
-           claim=f"The indirect object's own position carries the name through {int((at_name < 0.5).sum()) - 1} layer(s); the last token has it after "
-                 f"{knows[0] if knows else 'no'} layers" if (at_name < 0.5).any() else "Where the name is carried cannot be told of this model",
+           claim=f"After one layer patching the last token removes {1 - at_end[1]:.0%} of the KL, patching the name's own position {1 - at_name[1]:.0%}",
            alt="A table in colours: share of the KL that is removed by patching all of the residual stream at a position. "
                + "; ".join(f"after {after}: indirect object {1 - at_name[after]:.0%}, last token {1 - at_end[after]:.0%}" for after in at_end.index) + ".")
 
@@ -289,7 +288,7 @@ row("11.l1", claim="The larger the L1 coefficient, the more of the KL stays: by 
 # %% [markdown]
 # ## 7 · Which features
 #
-# **Claim.** The first features are for the two names: one is switched off, the other on, at the name's own place.
+# **Claim.** The first features are for the two names: one is switched off, the other on, where the name is carried.
 #
 # What they fire on is from text that nothing was trained on. A feature is *for a name* here if more than half of its activation there
 # is on that name.
