@@ -33,7 +33,7 @@ FEATURES, DENSE, PCA, PAIRS, DIMENSIONS, RANDOM = ("features", "dictionary witho
 CODINGS = (FEATURES, PCA, PAIRS, DENSE, DIMENSIONS, RANDOM)
 ROLES = ("indirect object", "subject", "subject again", "last token", "all others")
 # Features of an exchange that are looked at, tokens listed of each, and made-up contexts in which these are looked for.
-FIRST, LISTED, TEXT = 3, 5, 4000
+FIRST, LISTED, TEXT = 3, 5, 6000
 PURPOSES = {"order": 0, "measure": 1}
 
 
@@ -228,7 +228,8 @@ class Meaning(NamedTuple):
     table: pd.DataFrame
     """A row a feature of an exchange. repeat, rank, feature; base, target: the names; role: where its code changes most; change:
     of that code; left: share of the KL that is left when it and those before it are patched; density; fires_on: tokens; share:
-    of its activation that is on the first of these."""
+    of its activation that is on the first of these; name, name_share: the name whose sentences have most of its activation (-1 if
+    it has none), and what share of it."""
     examples: dict[int, list[tuple[list[int], list[float]]]]
     """Of some features, tokens around their strongest activations and the activations."""
 
@@ -242,6 +243,8 @@ def meaning(study: Study, after: int) -> Meaning:
         made = ioi.training_contexts(deep.tokenizer(study), TEXT, n_ctx, 10_000 + study.seed)
         units = features.activation_table(model.model, made, sae.encode, after=after)
         tokens, rows, examples = made.flatten().numpy(), [], {}
+        ids = np.array([deep.tokenizer(study).token_to_id(f" {name}") for name in ioi.NAMES])
+        has = (made.numpy()[:, :, None] == ids).any(1)
         for row in sets[sets.coding == FEATURES].itertuples():
             sentences = exchanged(study, 1, row.repeat, "held out", "measure", sizes.sentences)
             codes = [sae.encode(residual.activations(model.model, each.tokens, after), row.first) for each in sentences]
@@ -255,10 +258,13 @@ def meaning(study: Study, after: int) -> Meaning:
                 for token, value in zip(tokens[where_].tolist(), values.tolist(), strict=True):
                     common[token] += value
                 best, whole = common.most_common(LISTED), sum(common.values())
+                of_name = np.bincount(where_ // n_ctx, values, len(made)) @ has
                 rows.append({"repeat": row.repeat, "rank": rank + 1, "feature": unit, "base": int(sentences.base.indirect[0]),
                              "target": int(sentences.target.indirect[0]), "role": role, "change": of_role[role],
                              "left": row.kl[rank + 1] / row.kl[0], "density": len(where_) / len(tokens),
-                             "fires_on": [token for token, _ in best], "share": best[0][1] / whole if best else 0.0})
+                             "fires_on": [token for token, _ in best], "share": best[0][1] / whole if best else 0.0,
+                             "name": int(ids[of_name.argmax()]) if best else -1,
+                             "name_share": float(of_name.max() / max(whole, 1e-12))})
                 examples[unit] = _examples(tokens, where_, values, n_ctx)
         (out / "meaning.json").write_text(json.dumps({"table": rows, "examples": examples}))
 
