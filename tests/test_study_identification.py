@@ -37,7 +37,7 @@ def test_everything_is_made_once_and_loaded_after(study):
     assert set(one.coding) == set(CODINGS) and len(one) == 2 * len(CODINGS)
     assert all(len(kl) == len(edit) <= 6 and edit[0] == 0 for kl, edit in zip(one.kl, one.edit, strict=True))
     many, l1, meaning = (f(made, 1) for f in (identification.many_exchanges, identification.coefficients, identification.meaning))
-    assert len(many) == len(CODINGS) and set(l1.l1) == {made.profile.deep.dictionary.l1_coefficient, 0.0}
+    assert len(many) == 4 and set(l1.l1) == {made.profile.deep.dictionary.l1_coefficient, 0.0}
     assert set(meaning.table["rank"]) <= {1, 2, 3} and set(meaning.table.feature) == set(meaning.examples)
     pd.testing.assert_frame_equal(identification.one_exchange(loaded, 1), one)
     places = identification.where(made)
@@ -85,17 +85,20 @@ def test_half_by_hand():
 
 def test_numbers_of_sets_by_hand():
     table = sets(half=[1.0, 3.0, np.nan], kl=[[2, 1.0], [4, 3, 2.5, 1], [1, 1, 1]], edit=[[0, 1.0], [0, 2, 1, 5.0], [0, 1, 2]])
+    np.testing.assert_array_equal(identification.needed(table), [1, 3, 2])
     assert identification.mean_half(table, n_boot=50).value == 2
     assert identification.edit_at_half(table, n_boot=50).value == 3
-    assert np.isnan(identification.mean_half(table[2:])).all() and np.isnan(identification.edit_at_half(table[2:])).all()
+    assert np.isnan(identification.edit_at_half(table[1:])).all()
     np.testing.assert_allclose(identification.left_by_directions(table, 2), [[1, 0.5, 0.5], [1, 0.75, 0.625], [1, 1, 1]])
     np.testing.assert_allclose(identification.left_by_edit(table, np.array([0, 1, 3, 6.0])),
                                [[1, 0.5, 0.5, 0.5], [1, 0.625, 0.625, 0.25], [1, 1, 1, 1]])
 
 
 def test_the_layer_with_the_smallest_share_is_chosen():
-    choice = pd.DataFrame({"after": [1, 1, 2, 2], "coding": [FEATURES, PCA] * 2, "half": [4.0, 8, 3, 12]})
+    choice = pd.DataFrame({"after": [1, 1, 2, 2], "coding": [FEATURES, PCA] * 2, "half": [4.0, 8, 3, 12],
+                           "kl": [[1.0] * 20] * 4})
     assert identification.chosen_layer(choice) == 2
+    assert identification.chosen_layer(choice.assign(half=[4.0, 8, np.nan, 12])) == 1  # never: 19 of 12, not none
     assert identification.chosen_layer(choice.assign(half=np.nan)) == 1
 
 

@@ -33,7 +33,7 @@ FEATURES, DENSE, PCA, PAIRS, DIMENSIONS, RANDOM = ("features", "dictionary witho
 CODINGS = (FEATURES, PCA, PAIRS, DENSE, DIMENSIONS, RANDOM)
 ROLES = ("indirect object", "subject", "subject again", "last token", "all others")
 # Features of an exchange that are looked at, tokens listed of each, and made-up contexts in which these are looked for.
-FIRST, LISTED, TEXT = 3, 5, 4000
+FIRST, LISTED, TEXT = 3, 5, 6000
 PURPOSES = {"order": 0, "measure": 1}
 
 
@@ -157,21 +157,21 @@ def layer_choice(study: Study) -> pd.DataFrame:
 
 
 def chosen_layer(choice: pd.DataFrame) -> int:
-    """The layer after which features need fewest directions as a share of what PCA needs; where nothing is learned, the first."""
-    mean = choice.pivot_table(index="after", columns="coding", values="half", aggfunc="mean", dropna=False)
-    ratio = (mean[FEATURES] / mean[PCA].clip(lower=1)).fillna(np.inf)
-    return int(ratio.idxmin())
+    """The layer after which features need fewest directions as a share of what PCA needs; of equals, the first."""
+    mean = choice.assign(needed=needed(choice)).pivot_table(index="after", columns="coding", values="needed")
+    return int((mean[FEATURES] / mean[PCA].clip(lower=1)).idxmin())
 
 
-def one_exchange(study: Study, after: int, chosen: Sequence[str] = CODINGS) -> pd.DataFrame:
+def one_exchange(study: Study, after: int) -> pd.DataFrame:
     """One exchange at a time, each with an order of its own."""
-    return _sets(study, f"one_{after}", after, "held out", [(1, study.profile.identification.exchanges)], chosen)
+    return _sets(study, f"one_{after}", after, "held out", [(1, study.profile.identification.exchanges)], CODINGS)
 
 
 def many_exchanges(study: Study, after: int) -> pd.DataFrame:
-    """One order for the sentences of many exchanges, as in the paper: all codings on the largest set."""
-    most = study.profile.identification.growth[-1][0]
-    return _sets(study, f"many_{after}", after, "held out", [(most, 1)], CODINGS)
+    """One order for the sentences of many exchanges, as in the paper: the largest set of `growth`, and other codings on it."""
+    most, both = study.profile.identification.growth[-1][0], growth(study, after)
+    others = _sets(study, f"many_{after}", after, "held out", [(most, 1)], (PAIRS, DENSE))
+    return pd.concat([both[(both.exchanges == most) & (both.repeat == 0)], others], ignore_index=True)
 
 
 def growth(study: Study, after: int) -> pd.DataFrame:
@@ -183,8 +183,12 @@ def coefficients(study: Study, after: int) -> pd.DataFrame:
     """One exchange at a time, for dictionaries of several L1 coefficients: columns as elsewhere, and l1."""
     sizes, main = study.profile.identification, study.profile.deep.dictionary.l1_coefficient
     name_of = {l1: FEATURES if l1 == main else DENSE if l1 == 0 else f"features, L1 {l1:g}" for l1 in sizes.l1}
-    table = _sets(study, f"l1_{after}", after, "held out", [(1, sizes.dev_exchanges)], list(name_of.values()))
-    return table.assign(l1=table.coding.map({name: l1 for l1, name in name_of.items()}))
+    others = [name for name in name_of.values() if name not in CODINGS]
+    parts = [one_exchange(study, after)] + ([_sets(study, f"l1_{after}", after, "held out", [(1, sizes.exchanges)], others)]
+                                            if others else [])
+    table = pd.concat(parts, ignore_index=True)
+    l1 = table.coding.map({name: l1 for l1, name in name_of.items()})
+    return table.assign(l1=l1).dropna(subset="l1")
 
 
 # --- where, and what -------------------------------------------------------------------------------------------------
@@ -224,7 +228,8 @@ class Meaning(NamedTuple):
     table: pd.DataFrame
     """A row a feature of an exchange. repeat, rank, feature; base, target: the names; role: where its code changes most; change:
     of that code; left: share of the KL that is left when it and those before it are patched; density; fires_on: tokens; share:
-    of its activation that is on the first of these."""
+    of its activation that is on the first of these; name, name_share: the name whose sentences have most of its activation (-1 if
+    it has none), and what share of it."""
     examples: dict[int, list[tuple[list[int], list[float]]]]
     """Of some features, tokens around their strongest activations and the activations."""
 
@@ -238,6 +243,8 @@ def meaning(study: Study, after: int) -> Meaning:
         made = ioi.training_contexts(deep.tokenizer(study), TEXT, n_ctx, 10_000 + study.seed)
         units = features.activation_table(model.model, made, sae.encode, after=after)
         tokens, rows, examples = made.flatten().numpy(), [], {}
+        ids = np.array([deep.tokenizer(study).token_to_id(f" {name}") for name in ioi.NAMES])
+        has = (made.numpy()[:, :, None] == ids).any(1)
         for row in sets[sets.coding == FEATURES].itertuples():
             sentences = exchanged(study, 1, row.repeat, "held out", "measure", sizes.sentences)
             codes = [sae.encode(residual.activations(model.model, each.tokens, after), row.first) for each in sentences]
@@ -251,10 +258,13 @@ def meaning(study: Study, after: int) -> Meaning:
                 for token, value in zip(tokens[where_].tolist(), values.tolist(), strict=True):
                     common[token] += value
                 best, whole = common.most_common(LISTED), sum(common.values())
+                of_name = np.bincount(where_ // n_ctx, values, len(made)) @ has
                 rows.append({"repeat": row.repeat, "rank": rank + 1, "feature": unit, "base": int(sentences.base.indirect[0]),
                              "target": int(sentences.target.indirect[0]), "role": role, "change": of_role[role],
                              "left": row.kl[rank + 1] / row.kl[0], "density": len(where_) / len(tokens),
-                             "fires_on": [token for token, _ in best], "share": best[0][1] / whole if best else 0.0})
+                             "fires_on": [token for token, _ in best], "share": best[0][1] / whole if best else 0.0,
+                             "name": int(ids[of_name.argmax()]) if best else -1,
+                             "name_share": float(of_name.max() / max(whole, 1e-12))})
                 examples[unit] = _examples(tokens, where_, values, n_ctx)
         (out / "meaning.json").write_text(json.dumps({"table": rows, "examples": examples}))
 
@@ -279,17 +289,19 @@ def _examples(tokens: Int[np.ndarray, " n"], where_: Int[np.ndarray, " active"],
 # --- numbers of sets -------------------------------------------------------------------------------------------------
 
 
+def needed(sets: pd.DataFrame) -> Float[np.ndarray, " sets"]:
+    """Directions that half of the KL takes; of a set that never gets there, which needs more, all that were patched."""
+    return np.where(sets.half.isna(), [len(kl) - 1 for kl in sets.kl], sets.half).astype(float)
+
+
 def mean_half(sets: pd.DataFrame, **draws: int) -> Interval:
-    """Mean over sets of the directions that half of the KL takes, of those sets that get there; bootstrap over sets. All nan if
-    fewer than two do."""
-    values = sets.half.dropna().astype(float).to_numpy()
-    if len(values) < 2:
-        return Interval(np.nan, np.nan, np.nan)
+    """Mean over sets of the directions `needed`, with a bootstrap over sets."""
+    values = needed(sets)
     return bootstrap_interval(np.stack([values, np.ones(len(values))], 1), lambda t: t[..., 0] / t[..., 1], **draws)
 
 
 def edit_at_half(sets: pd.DataFrame, **draws: int) -> Interval:
-    """The same of the edit's mean norm there."""
+    """Mean over those sets that get there of the edit's mean norm at half of the KL; all nan if fewer than two do."""
     values = np.array([row.edit[int(row.half)] for row in sets.dropna(subset="half").itertuples()])
     if len(values) < 2:
         return Interval(np.nan, np.nan, np.nan)

@@ -17,6 +17,7 @@ from sae_lib.study.token_html import line_html, pieces, token_html
 COLOUR = dict(zip(CODINGS, (COLOURS[0], COLOURS[1], COLOURS[5], COLOURS[2], COLOURS[3], "#777777"), strict=True))
 DASH = dict(zip(CODINGS, ("solid", "solid", "dash", "dot", "dashdot", "dot"), strict=True))
 ALPHA = 0.15  # of bands
+TICKS = [1, 2, 5, 10, 20, 50, 100, 200]
 
 
 def accuracy_figure(table: pd.DataFrame) -> go.Figure:
@@ -102,8 +103,7 @@ def growth_figure(sets: pd.DataFrame, d_model: int) -> go.Figure:
                         marker={"size": 10, "symbol": "circle" if coding == FEATURES else "diamond"})
     fig.add_hline(y=d_model, line={"dash": "dot", "color": "#444444"}, annotation_text="dimensions of the residual stream")
     fig.update_xaxes(type="log", tickvals=sorted(sets.exchanges.unique()), title="exchanges of names that share one order")
-    return fig.update_yaxes(type="log", title="directions for half of the KL",
-                            tickvals=[1, 2, 5, 10, 20, 50, 100, 200]).update_layout(height=540)
+    return fig.update_yaxes(type="log", title="directions for half of the KL", tickvals=TICKS).update_layout(height=540)
 
 
 def layers_figure(sets: pd.DataFrame, chosen: int) -> go.Figure:
@@ -120,7 +120,7 @@ def layers_figure(sets: pd.DataFrame, chosen: int) -> go.Figure:
                         text=[f"{value:.1f}" for value in mean], textposition="middle left" if i == 0 else "middle right")
     said = [f"after {after}" + (" (chosen)" if after == chosen else "") for after in layers]
     fig.update_xaxes(tickvals=list(range(len(layers))), ticktext=said, range=[-0.6, len(layers) - 0.4], title="layers")
-    return fig.update_yaxes(title="directions for half of the KL", rangemode="tozero").update_layout(height=500)
+    return fig.update_yaxes(title="directions for half of the KL", type="log", tickvals=TICKS).update_layout(height=500)
 
 
 def coefficients_figure(sets: pd.DataFrame) -> go.Figure:
