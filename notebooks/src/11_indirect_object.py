@@ -265,8 +265,8 @@ for name in (FEATURES, PCA):
 # %% tags=["slow"]
 layers = choice.assign(half=identification.needed(choice))
 means = layers.pivot_table(index="after", columns="coding", values="half").reindex(columns=[FEATURES, PCA])
-told = "; ".join(f"after {i} {f:.1f} and {p:.1f}" for i, f, p in means.itertuples())
-study.show(draw.layers_figure(layers, after), "11-layers", claim=f"Features and PCA, directions for half of the KL: {told}",
+told = "; ".join(f"{f:.0f} features, {p:.0f} components after layer {i}" for i, f, p in means.itertuples())
+study.show(draw.layers_figure(layers, after), "11-layers", claim=f"Half of the KL takes {told}",
            alt=f"A dot an exchange, a marker the mean of {layers.repeat.nunique()}; those that never get to half count with all directions: {told}.")
 
 # %% [markdown]

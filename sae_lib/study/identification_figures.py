@@ -76,10 +76,11 @@ def edits_figure(parts: dict[str, pd.DataFrame]) -> go.Figure:
 def _band(fig: go.Figure, x: np.ndarray, found: np.ndarray, coding: str, col: int) -> None:
     colour, at = COLOUR[coding], {"row": 1, "col": col, "legendgroup": coding}
     if len(found) > 1:
-        low, high = np.quantile(found, [0.1, 0.9], axis=0)
+        known = np.isfinite(found).all(0)
+        low, high, x_of = *np.quantile(found[:, known], [0.1, 0.9], axis=0), x[known]
         fill = "rgba({}, {}, {}, {})".format(*(int(colour[i:i + 2], 16) for i in (1, 3, 5)), ALPHA)
-        fig.add_scatter(x=np.append(x, x[::-1]), y=np.append(high, low[::-1]), fill="toself", fillcolor=fill, line={"width": 0},
-                        hoverinfo="skip", showlegend=False, **at)
+        fig.add_scatter(x=np.append(x_of, x_of[::-1]), y=np.append(high, low[::-1]), fill="toself", fillcolor=fill,
+                        line={"width": 0}, hoverinfo="skip", showlegend=False, **at)
     fig.add_scatter(x=x, y=found.mean(0), mode="lines", name=coding, showlegend=col == 1, **at,
                     line={"color": colour, "width": 2.5, "dash": DASH[coding]})
 
@@ -101,9 +102,11 @@ def growth_figure(sets: pd.DataFrame, d_model: int) -> go.Figure:
         mean = part.groupby("exchanges").half.mean()
         fig.add_scatter(x=mean.index, y=mean, mode="lines+markers", name=coding, line={"color": COLOUR[coding]},
                         marker={"size": 10, "symbol": "circle" if coding == FEATURES else "diamond"})
-    fig.add_hline(y=d_model, line={"dash": "dot", "color": "#444444"}, annotation_text="dimensions of the residual stream")
+    ends = [sets.exchanges.min(), sets.exchanges.max()]
+    fig.add_scatter(x=ends, y=[d_model] * 2, mode="lines", name="dimensions", line={"dash": "dot", "color": "#444444"})
     fig.update_xaxes(type="log", tickvals=sorted(sets.exchanges.unique()), title="exchanges of names that share one order")
-    return fig.update_yaxes(type="log", title="directions for half of the KL", tickvals=TICKS).update_layout(height=540)
+    return fig.update_yaxes(type="log", title="directions for half of the KL", tickvals=TICKS,
+                            range=[-0.1, np.log10(1.3 * d_model)]).update_layout(height=540)
 
 
 def layers_figure(sets: pd.DataFrame, chosen: int) -> go.Figure:
@@ -155,7 +158,8 @@ def first_features_figure(table: pd.DataFrame, labels: Sequence[str], exchanges:
     names = table.drop_duplicates("repeat").set_index("repeat").exchange
     fig.update_yaxes(tickvals=list(range(len(repeats))), ticktext=[escaped(names[repeat]) for repeat in repeats],
                      range=[-0.7, len(repeats) - 0.3])
-    fig.update_xaxes(title="KL that is left once it, and those before it, are patched", tickformat=".0%")
+    fig.update_xaxes(title="KL that is left once it, and those before it, are patched<br>(beside a mark: the name in whose sentences "
+                           "most of the feature's activation is, and how much of it)", tickformat=".0%")
     below = {"orientation": "h", "y": -90 / (90 + 62 * len(repeats)), "yanchor": "top"}
     return fig.update_layout(height=170 + 62 * len(repeats), width=1000, legend=below)
 
