@@ -158,8 +158,8 @@ def first_features_figure(table: pd.DataFrame, labels: Sequence[str], exchanges:
     names = table.drop_duplicates("repeat").set_index("repeat").exchange
     fig.update_yaxes(tickvals=list(range(len(repeats))), ticktext=[escaped(names[repeat]) for repeat in repeats],
                      range=[-0.7, len(repeats) - 0.3])
-    fig.update_xaxes(title="KL that is left once it, and those before it, are patched<br>(beside a mark: the name in whose sentences "
-                           "most of the feature's activation is, and how much of it)", tickformat=".0%")
+    fig.update_xaxes(title="KL that is left once it, and those before it, are patched<br>(beside a mark: the name in whose "
+                           "sentences most of the feature's activation is, and how much of it)", tickformat=".0%")
     below = {"orientation": "h", "y": -90 / (90 + 62 * len(repeats)), "yanchor": "top"}
     return fig.update_layout(height=170 + 62 * len(repeats), width=1000, legend=below)
 
