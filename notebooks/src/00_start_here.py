@@ -37,7 +37,7 @@ run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
 # %% [markdown]
 # ## Your machine
 #
-# Everything below should say *ok*. Training from nothing (`./run_all.sh --train`) wants two cores and an hour; with the
+# Everything below should say *ok*. Training from nothing (`./run_all.sh --train`) wants two cores and hours; with the
 # reference artefacts, minutes.
 
 # %%
