@@ -1,6 +1,5 @@
 """What notebook 12 draws: levels of activation, effects, edits side by side, and trees of causes."""
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -10,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_lib.study.diagrams import spelled, token_list
+from sae_lib.study.diagrams import escaped, spelled, token_list
 from sae_lib.study.figures import COLOURS
 from sae_lib.token_classes import quoted
 
@@ -124,8 +123,8 @@ def kinds_figure(table: pd.DataFrame, kinds: Sequence[str]) -> go.Figure:
     """A row a feature, a column a kind of apostrophe: the share of the feature's activation there."""
     columns = [*kinds, "other"]
     shares = table[columns].to_numpy(dtype=float)
-    named = [f"feature {row.feature} after {row.after}<br>(searched for {html.escape(row.kind)})" for row in table.itertuples()]
-    fig = go.Figure(go.Heatmap(z=shares, x=["any other token" if name == "other" else html.escape(name) for name in columns],
+    named = [f"feature {row.feature} after {row.after}<br>(searched for {escaped(row.kind)})" for row in table.itertuples()]
+    fig = go.Figure(go.Heatmap(z=shares, x=["any other token" if name == "other" else escaped(name) for name in columns],
                                y=named, zmin=0, zmax=1, colorscale="Blues", texttemplate="%{z:.0%}", showscale=False))
     fig.update_xaxes(title="share of the feature's activation on apostrophes of this kind")
     fig.update_yaxes(autorange="reversed")
