@@ -191,7 +191,7 @@ def effects_figure(own: Own, cards: list[Card]) -> go.Figure:
     """A panel a feature: the tokens that it raises most on its own strongest examples."""
     columns = min(3, len(cards))
     fig = make_subplots(rows=-(-len(cards) // columns), cols=columns, horizontal_spacing=0.13, vertical_spacing=0.13,
-                        subplot_titles=[f"{each.feature}: {diagrams.escaped(each.domain)} {each.domain_share:.0%}" for each in cards])
+                        subplot_titles=[f"{each.feature}: {html.escape(each.domain)} {each.domain_share:.0%}" for each in cards])
     for i, each in enumerate(cards):
         row, col = (place + 1 for place in divmod(i, columns))
         order = each.raised[::-1]
