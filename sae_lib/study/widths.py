@@ -147,9 +147,9 @@ def width(study: Study, expansion: int) -> Width:
     artefact = study.store.stage(f"width_{expansion}x", config, make,
                                  inputs=[study.transformer("A").artefact, study.tokens_artefact])
     columns = load_file(artefact.path / "features.safetensors")
-    fires_on, raises = columns.pop("fires_on"), columns.pop("raises")
+    tokens, raises = columns.pop("fires_on"), columns.pop("raises")
     read = lambda name: pd.read_json(artefact.path / f"{name}.json")
-    return Width(expansion, pd.DataFrame(columns), fires_on, raises, read("contexts"), read("members"), read("live_by_text"),
+    return Width(expansion, pd.DataFrame(columns), tokens, raises, read("contexts"), read("members"), read("live_by_text"),
                  json.loads((artefact.path / "summary.json").read_text()), artefact)
 
 
