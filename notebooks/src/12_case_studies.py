@@ -335,14 +335,18 @@ for case, t in cell.items():
 # %% tags=["slow"]
 roots = {case: of_case[case] for case in ("apostrophe", "parenthesis")}
 trees = {case: causes.tree(run, case, root) for case, root in roots.items()}
-summary = {}
+summary, texts = {}, {}
 for case, tree in trees.items():
     own = tree[tree.parent == 0]
     summary[case] = {kind: own[own.kind == kind].reset_index(drop=True) for kind in ("cause", "random", "together")}
     told = f"its greatest cause takes {own.value.iloc[0]:.0%} of it, the first {len(summary[case]['cause'])} together {summary[case]['together'].value[0]:.0%}" if len(own) else "too rare for a tree"
-    study.show(case_figures.tree_figure(tree, words), f"12-tree-{case}", claim=f"The {case} feature {roots[case].number} after layer {last}: {told}",
-               alt=f"A tree from right to left: the target, its causes a layer before, and theirs, each with the tokens it fires on; {told}. "
+    texts[case] = (f"The {case} feature {roots[case].number} after layer {last}: {told}",
+                   f"A tree from right to left: the target, its causes a layer before, and theirs, each with the tokens it fires on; {told}. "
                    + "; ".join(f"feature {r.feature} {r.value:.0%}" for r in (summary[case]["cause"].itertuples())) + ".")
+claim, alt = texts["apostrophe"]
+study.show(case_figures.tree_figure(trees["apostrophe"], words), "12-tree-apostrophe", claim=claim, alt=alt)
+claim, alt = texts["parenthesis"]
+study.show(case_figures.tree_figure(trees["parenthesis"], words), "12-tree-parenthesis", claim=claim, alt=alt)
 
 # %%
 pd.concat({case: tree[tree.parent >= 0].groupby(["parent", "kind"], sort=False)[["ranked", "value", "low", "high", "cosine"]].first() for case, tree in trees.items()}).round(3)
