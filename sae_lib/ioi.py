@@ -142,9 +142,6 @@ class Prompts(NamedTuple):
         tokens = torch.where(self.tokens == self.indirect[:, None], names[:, None], self.tokens)
         return self._replace(tokens=tokens, indirect=names)
 
-    def some(self, rows: Int[Tensor, " k"] | slice) -> "Prompts":
-        return Prompts(*(values[rows] for values in self))
-
 
 def prompts(tokenizer: Tokenizer, names: Sequence[str], sentences: str, n: int, seed: int, n_ctx: int = 256) -> Prompts:
     """`n` sentences of the task, as many ABBA as BABA, with names out of some and ways to say it out of "train", "dev" or "held

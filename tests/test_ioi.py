@@ -59,7 +59,6 @@ def test_the_indirect_object_alone_is_exchanged(tokenizer):
     changed = asked.exchanged(other)
     assert ((changed.tokens != asked.tokens).sum(1) == (asked.indirect != other)).all()
     assert torch.equal(changed.indirect, other) and torch.equal(changed.subject, asked.subject)
-    assert len(asked.some(slice(2)).last) == 2
 
 
 def test_training_text_never_asks_for_held_out_names(tokenizer):
