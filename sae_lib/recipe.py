@@ -157,7 +157,7 @@ class JumpReLUConfig(TrainConfig):
     """The penalty is on the number of active features, and steered so that this becomes `l0`.
 
     A fixed coefficient leads to an L0 that has to be found by trial, and above some size it changes nothing (SAELens issue 719).
-    Here it follows the batches: at once, with the fourth power of L0 over its target, and by small steps that add up as long as
+    Here it follows the batches: at once, with the twelfth power of L0 over its target, and by small steps that add up as long as
     there is a difference. Thresholds are trained as they are, not as logarithms, which Adam would hardly move.
     """
 
@@ -167,10 +167,11 @@ class JumpReLUConfig(TrainConfig):
     bandwidth: float = 1.0  # of activations of mean norm sqrt(d_in)
     threshold_rate: float = 10.0  # times the learning rate: a threshold has far to go, by rare and contradictory gradients
     GAIN: ClassVar[float] = 0.05  # of the small steps
+    POWER: ClassVar[float] = 12.0  # with a lower one, small steps have to do the rest, and they come too late for a short training
     # Log of L0 over its target that is reacted to, at once and by small steps: a new dictionary's L0 may be a hundred times too
     # large for hundreds of steps, and what adds up in the meantime has to be undone.
-    AT_ONCE: ClassVar[float] = 1.0
-    BY_STEPS: ClassVar[float] = 0.25
+    AT_ONCE: ClassVar[float] = 1 / 3
+    BY_STEPS: ClassVar[float] = 0.1
 
     @property
     def rule(self) -> Standard:
@@ -182,7 +183,7 @@ class JumpReLUConfig(TrainConfig):
         return max(-limit, min(limit, math.log(max(l0, 1e-9) / self.l0))) if math.isfinite(l0) else 0.0
 
     def penalty(self, step: int, control: Number, l0: Number) -> Number:
-        exponent = control + 4 * self._excess(l0, self.AT_ONCE)
+        exponent = control + self.POWER * self._excess(l0, self.AT_ONCE)
         return penalty_warmth(self, step) * self.l0_coefficient * (torch if isinstance(exponent, Tensor) else math).exp(exponent)
 
     def controlled(self, control: Number, l0: Number) -> Number:

@@ -90,7 +90,8 @@ def rate_trials(study: Study) -> Artefact:
         return {"kind": kind, "lr": lr, "objective": objective, "mse": last.mse, "l0": last.l0}
 
     config = {"training": base, "rates": sizes.rates, "l1": sizes.trial_l1, "l0": sizes.matched_l0, "seed": study.seed}
-    return study.store.stage("frontier_rates", config, make, inputs=[study.transformer("A").artefact, study.tokens_artefact])
+    return study.store.stage("frontier_rates", config, make, version=2,
+                             inputs=[study.transformer("A").artefact, study.tokens_artefact])
 
 
 def rates(study: Study) -> pd.DataFrame:
