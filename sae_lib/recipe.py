@@ -167,7 +167,7 @@ class JumpReLUConfig(TrainConfig):
     bandwidth: float = 1.0  # of activations of mean norm sqrt(d_in)
     threshold_rate: float = 10.0  # times the learning rate: a threshold has far to go, by rare and contradictory gradients
     GAIN: ClassVar[float] = 0.05  # of the small steps
-    POWER: ClassVar[float] = 12.0  # with a lower one, small steps have to do the rest, and they come too late for a short training
+    POWER: ClassVar[float] = 12.0  # with a lower one small steps have to do the rest, too late for a short training
     # Log of L0 over its target that is reacted to, at once and by small steps: a new dictionary's L0 may be a hundred times too
     # large for hundreds of steps, and what adds up in the meantime has to be undone.
     AT_ONCE: ClassVar[float] = 1 / 3

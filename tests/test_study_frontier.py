@@ -67,8 +67,14 @@ def test_a_matched_dictionary_is_not_taken_for_one_of_the_others():
 
 
 def test_the_best_rate_has_the_smallest_objective():
-    table = pd.DataFrame({"kind": ["a", "a", "b", "b"], "lr": [1e-3, 2e-3, 1e-3, 2e-3], "objective": [5.0, 4.0, math.nan, 9.0]})
+    table = pd.DataFrame({"kind": [*"aabb"], "lr": [1e-3, 2e-3] * 2, "objective": [5.0, 4.0, math.nan, 9.0], "fair": True})
     assert kinds.best_rates(table) == {"a": 2e-3, "b": 2e-3}
+
+
+def test_trials_at_another_l0_than_asked_are_not_compared_unless_all_are():
+    table = pd.DataFrame({"kind": [*"aabb"], "lr": [1e-3, 2e-3] * 2, "objective": [5.0, 4.0, 5.0, 4.0],
+                          "fair": [True, False, False, False]})
+    assert kinds.best_rates(table) == {"a": 1e-3, "b": 2e-3}
 
 
 # --- made, interrupted, loaded ---------------------------------------------------------------------------------------

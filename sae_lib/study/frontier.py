@@ -30,10 +30,13 @@ from sae_lib.shrinkage import own_gains
 from sae_lib.study import paths, scores
 from sae_lib.study.kinds import KINDS, PENALISED, Setting, best_rates, control_for, kept, rate_trials, rates, seed_of, trained
 from sae_lib.study.pipeline import Study
+from sae_lib.transformer import mlp_activations
 
 WIDE = ("standard", "batchtopk")  # kinds that are trained at several widths
 ULTRALOW = 1e-4  # density: the held-out text has some hundred thousand tokens
-GAIN_ROWS, GAIN_ACTIVE = 16_384, 20  # activations on which features' own gains are measured, and where they are active at least
+# Activations of validation text on which features' own gains are measured, and on how many of them they are active at least.
+GAIN_ROWS, GAIN_ACTIVE = 16_384, 20
+SCORE_COLUMNS = ("active", "spearman", "importance", "logit", "text", "dropped")
 QUARTILES = (0.25, 0.5, 0.75)
 Rows = Sequence | np.ndarray  # places in the table
 COMMON, OWN = ("clean", "zero", "mean", "spread"), ("dictionary", "l0", "error", "fit", "written")
@@ -124,13 +127,14 @@ def frontier(study: Study) -> Frontier:
         paths.write_json(out / "table.json", rows)
         paths.write_json(out / "scores.json", units)
 
-    config = asdict(sizes) | {"kinds": list(KINDS), "explainer": by, "seed": study.seed, "scored": study.profile.scored_contexts}
+    config = asdict(sizes) | {"kinds": list(KINDS), "explainer": by, "seed": study.seed, "scored": study.profile.scored_contexts,
+                              "stream": asdict(study.profile.stream), "expansion": study.profile.expansion}
     config = {name: value for name, value in config.items() if not name.startswith(("fault", "trial", "rates"))}
-    artefact = study.store.stage("frontier", config, make, version=2,
+    artefact = study.store.stage("frontier", config, make,
                                  inputs=[study.transformer("A").artefact, study.tokens_artefact, found])
     read = lambda name: pd.DataFrame(json.loads((artefact.path / f"{name}.json").read_text()))
     sums = load_file(artefact.path / "sums.safetensors")
-    units = read("scores").reindex(columns=["kind", "unit", "active", "spearman", "importance", "logit", "text", "dropped"])
+    units = read("scores").reindex(columns=["kind", "unit", *SCORE_COLUMNS])
     return Frontier(read("table"), sums["common"].astype(np.float64), sums["own"].astype(np.float64), units, by)
 
 
@@ -141,6 +145,8 @@ class _Measuring:
         self.study, self.checkpoint, self.sizes, self._harvest = study, checkpoint, study.profile.frontier, None
         self.model, self.rate = study.transformer("A").model, best_rates(rates(study))
         self.text = {split: spread_over(study.held_out(split), self.sizes.contexts) for split in ("test", "validation")}
+        few = spread_over(self.text["validation"], max(1, GAIN_ROWS // self.text["validation"].contexts.shape[1]))
+        self.gain_rows = mlp_activations(self.model, few.contexts.long()).flatten(0, 1)
         self.known: dict[str, HeldOut] = {}
 
     def __call__(self, setting: Setting) -> dict:
@@ -164,7 +170,7 @@ class _Measuring:
         low = {name: value.astype(np.float32) for name, value in sums.items()}
         save_file(low, self.checkpoint / f"{setting.name}.safetensors")
         density = density_summary(found.fired, len(found.document), ULTRALOW)
-        gains = own_gains(sae, self.harvest.sample(GAIN_ROWS, "gains"), GAIN_ACTIVE)
+        gains = own_gains(sae, self.gain_rows, GAIN_ACTIVE)
         gains = gains[gains.isfinite()]
         quartiles = gains.quantile(torch.tensor(QUARTILES)).tolist() if len(gains) else None
         row = setting._asdict() | {"lr": lr, "steps": log.step.tolist(), "l0_curve": log.l0.tolist(), "dead": density.dead,
@@ -187,7 +193,7 @@ class _Measuring:
         table = activation_table(self.model, text.contexts, lambda acts: sae.encode(acts, units))
         weights = effects.logit_weights(self.model, sae.W_dec[units], scores.used_tokens(study))
         found = interpret.score_units(table, text.contexts, range(len(units)), ask, weights, study.seed)
-        known = found[["active", "spearman", "importance", "logit", "text", "dropped"]].assign(unit=units.tolist())
+        known = found.reindex(columns=SCORE_COLUMNS).assign(unit=units.tolist())  # without a living feature there are none
         return json.loads(known.to_json(orient="records"))
 
 

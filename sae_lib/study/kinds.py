@@ -23,6 +23,7 @@ KINDS = {"paper": "the paper's recipe", "standard": "L1, born rare", "gated": "G
 MODERN = ("gated", "topk", "batchtopk", "jumprelu", "matryoshka")
 PENALISED = ("paper", "standard", "gated")  # their control is an L1 coefficient; of the others, a number of active features
 NESTED = (16, 4)  # Matryoshka's inner dictionaries have a sixteenth and a quarter of the features
+FAIR = 0.1  # how far from the L0 that was asked a trial may be to be compared, as a share of it
 _TRAINING = {"topk": TopKConfig, "batchtopk": BatchTopKConfig, "matryoshka": MatryoshkaConfig, "gated": GatedConfig,
              "jumprelu": JumpReLUConfig}
 
@@ -86,8 +87,9 @@ def rate_trials(study: Study) -> Artefact:
     def trial(kind: str, lr: float, harvest: Harvest) -> dict:
         control = sizes.trial_l1 if kind in PENALISED else float(sizes.matched_l0)
         last = trained(study, Setting(kind, control, study.profile.expansion, seed_of(study)), base, lr, harvest)[1].iloc[-1]
-        objective = last.loss if kind in PENALISED else last.mse
-        return {"kind": kind, "lr": lr, "objective": objective, "mse": last.mse, "l0": last.l0}
+        told = kind not in PENALISED
+        return {"kind": kind, "lr": lr, "objective": last.mse if told else last.loss, "mse": last.mse, "l0": last.l0,
+                "fair": not told or bool(abs(last.l0 / control - 1) <= FAIR)}
 
     config = {"training": base, "rates": sizes.rates, "l1": sizes.trial_l1, "l0": sizes.matched_l0, "seed": study.seed}
     return study.store.stage("frontier_rates", config, make, version=2,
@@ -95,15 +97,17 @@ def rate_trials(study: Study) -> Artefact:
 
 
 def rates(study: Study) -> pd.DataFrame:
-    """Short trainings of each kind at several learning rates. Columns: kind, lr, mse, l0, objective: what the kind minimises, the
-    squared error and, where there is one, the L1 penalty, on the last rows of the training, none of which was trained on before.
+    """Short trainings of each kind at several learning rates. Columns: kind, lr, mse, l0; objective: the squared error and, where
+    there is one, the L1 penalty, on the last rows of the training, none of which was trained on before; fair: whether a kind that
+    is told its L0 has reached it by then, without which its squared error says little.
     """
     return pd.read_json(rate_trials(study).path / "rates.json", orient="records", precise_float=True)
 
 
 def best_rates(table: pd.DataFrame) -> dict[str, float]:
-    """The learning rate with the smallest objective, by kind."""
-    return {kind: float(part.loc[part.objective.idxmin(), "lr"]) for kind, part in table.groupby("kind", sort=False)}
+    """The learning rate with the smallest objective, by kind: of its fair trials, if it has any."""
+    return {kind: float(part.loc[part.objective.where(part.fair | ~part.fair.any()).idxmin(), "lr"])
+            for kind, part in table.groupby("kind", sort=False)}
 
 
 def kept(path: Path, make: Callable[[], dict]) -> dict:
