@@ -365,6 +365,7 @@ def test_the_penalty_of_jumprelu_pushes_towards_the_target():
     assert config.penalty(99, 0.0, 36.0) == pytest.approx(0.5 * 1.2 ** 12)
     assert config.penalty(99, math.log(3), 25.0) == pytest.approx(0.5 * 3 / 1.2 ** 12)
     assert config.penalty(99, 0.0, 3000.0) == pytest.approx(0.5 * math.exp(4))
-    assert config.controlled(1.0, 33.0) == pytest.approx(1 + 0.05 * math.log(1.1)) and config.controlled(1.0, 60.0) == pytest.approx(1.005)
+    assert config.controlled(1.0, 33.0) == pytest.approx(1 + 0.05 * math.log(1.1))
+    assert config.controlled(1.0, 60.0) == pytest.approx(1.005)
     assert config.controlled(1.0, 15.0) == pytest.approx(0.995)
     assert config.controlled(1.0, 30.0) == 1.0 and TrainConfig(1).controlled(0.0, 9.0) == 0.0
