@@ -36,15 +36,25 @@ NAMES = (
     "Sean", "Sharon", "Simon", "Sophia", "Stephen", "Steve", "Susan", "Teresa", "Thomas", "Tim", "Tom", "Vanessa", "Victor",
     "Vincent", "Walter", "Wendy", "William", "Zoe")
 HELD_OUT_EVERY = 5  # of the names, which are in alphabetical order
+CORPUS_SHARE = 0.1  # of the contexts that are trained on
+TRIES = 20  # sentences that are written for each that is wanted, at most
 
 OPENINGS = ("When", "After", "While", "Then,", "One day", "Because", "Before", "Once", "Later", "At last")
 MEETINGS = ("{} and {} went to the {place}", "{} and {} were at the {place}", "{} met {} at the {place}",
             "{} and {} sat in the {place}", "{} saw {} near the {place}", "{} and {} came back from the {place}",
             "{} was with {} in the {place}", "{} and {} had a long talk at the {place}", "{} called {} from the {place}",
-            "{} and {} worked in the {place}")
+            "{} and {} worked in the {place}", "{} took {} to the {place}", "{} and {} stood before the {place}",
+            "{} asked {} about the {place}", "{} and {} looked for the {place}", "{} lived with {} behind the {place}",
+            "{} and {} left the {place}", "{} drove {} to the {place}", "{} and {} bought a {thing} at the {place}",
+            "{} heard {} in the {place}", "{} and {} lost the {thing}", "{} came to the {place} with {}",
+            "{} and {} slept in the {place}", "{} followed {} to the {place}", "{} and {} met again")
 GIVINGS = ("{} gave a {thing} to", "{} handed the {thing} to", "{} sent a {thing} to", "{} showed the {thing} to",
            "{} wanted to give the {thing} to", "{} read a letter to", "{} said hello to", "{} took a {thing} to",
-           "{} was happy to write to", "{} left the {thing} to")
+           "{} was happy to write to", "{} left the {thing} to", "{} brought the {thing} to", "{} sold a {thing} to",
+           "{} told a story to", "{} had to return the {thing} to", "{} spoke to", "{} bought a {thing} and gave it to",
+           "{} promised a {thing} to", "{} decided to explain the {place} to", "{} listened to", "{} waved to",
+           "{} paid for the {thing} and gave it to", "{} opened the {thing} and read it to", "{} sent the {thing} back to",
+           "{} carried the {thing} over to")
 HELD_OUT_MEETINGS = ("{} and {} walked around the {place}", "{} found {} inside the {place}", "{} and {} ate at the {place}")
 HELD_OUT_GIVINGS = ("{} passed the {thing} to", "{} made a {thing} and offered it to", "{} began to sing a song to")
 DEV_MEETINGS = ("{} and {} waited at the {place}", "{} ran into {} outside the {place}")
@@ -57,6 +67,13 @@ OTHERS = ("The {thing} of {} is in the {place}.", "{} has a {thing}. It is the b
           "I asked {} about the {place}.", "The {place} belongs to {}. Nobody but {} has the key.",
           "{} likes the {place}. So {} is there every day.", "My friend {} bought a {thing}.",
           "This is the {place} of {}. You can find {} there.", "We waited for {} at the {place}.")
+DEALINGS = ("{0} lost the {thing} in a game with {1}. Now it belongs to {1}.", "{0} bought the {thing} from {1}. Ask {0} for it.",
+            "{0} lost the {thing}, and {1} found it. Go and ask {1}.", "The letter for {1} is from {0}. The words are by {0}.",
+            "{0} is older than {1}. The first in the {place} was {0}.", "{0} is older than {1}. The last in the {place} was {1}.",
+            "The {thing} was made by {0} and bought by {1}. It is the work of {0}.", "{0} had the {thing}, now {1} has it. Ask {1}.",
+            "The {place} was built by {0} and painted by {1}. The colours are by {1}.",
+            "{0} asked, and {1} answered. The question was from {0}.", "{0} asked, and {1} answered. The answer was from {1}.",
+            "{0} came to the {place} first, and then {1}. The {thing} is from {1}.")
 SENTENCES = {"train": (MEETINGS, GIVINGS), "dev": (DEV_MEETINGS, DEV_GIVINGS), "held out": (HELD_OUT_MEETINGS, HELD_OUT_GIVINGS)}
 ENDINGS = (".", " at once.", " yesterday.", " again.", ", who smiled.")
 
@@ -101,29 +118,48 @@ class _Writer:
         return f" {self.one_of(OPENINGS)} {meeting}, {giving}"
 
     def document(self, known: Sequence[str], held_out: Sequence[str]) -> str:
-        """A sentence of the task, or, 3 times of 10, a sentence or two about one person."""
-        if self.rng.random() < 0.3:
-            name, frame = self.one_of(known if self.rng.random() < 0.5 else held_out), self.one_of(OTHERS)
-            return " " + self.filled(frame, *[name] * frame.count("{}"))
-        indirect, subject = self.two_of(known)
-        return f"{self.task('train', indirect, subject, self.rng.random() < 0.5)} {indirect}{self.one_of(ENDINGS)}"
+        """A sentence of the task, or, every other time, one about one person or two, most of whom are held out of the task."""
+        if self.rng.random() < 0.5:
+            indirect, subject = self.two_of(known)
+            return f"{self.task('train', indirect, subject, self.rng.random() < 0.5)} {indirect}{self.one_of(ENDINGS)}"
+        names = held_out if self.rng.random() < 0.7 else known
+        if self.rng.random() < 0.8:
+            return " " + self.filled(self.one_of(DEALINGS), *self.two_of(names))
+        frame = self.one_of(OTHERS)
+        return " " + self.filled(frame, *[self.one_of(names)] * frame.count("{}"))
 
 
-def training_contexts(tokenizer: Tokenizer, n_contexts: int, n_ctx: int, seed: int) -> Int[Tensor, "n_contexts n_ctx"]:
-    """Made-up text to train on: one short document a context, after an end-of-text and filled up with it.
+def training_contexts(tokenizer: Tokenizer, corpus: Int[Tensor, "n_corpus long"], n_contexts: int, n_ctx: int,
+                      seed: int) -> Int[Tensor, "n_contexts n_ctx"]:
+    """Text to train on: one short document a context, after an end-of-text and filled up with it; one in ten is a piece of the
+    corpus, whose contexts are given.
 
-    7 of 10 are a sentence of the task with known names; the others are about one person, as often one whose name is held out of
-    the task. Where a sentence begins is where a context does: in long contexts full of sentences, at hundreds of positions that
-    a small model learns one by one, it learned to copy a name within millions of tokens, but not to choose. `tokenizer` is one
-    `with_names`.
+    Every other made-up document is a sentence of the task with known names; the others are about one person, or about two of whom
+    the sense says which is named last. Without the latter a model learns for each known name how strongly to copy it, and of two
+    held-out ones takes the one it copies more strongly. Where a sentence begins is where a context does: in long contexts full of
+    sentences, at hundreds of positions that a small model learns one by one, it learned to copy a name within millions of tokens,
+    but not to choose. `tokenizer` is one `with_names`.
+
+    Raises StudyError if half of the documents are too long for a context.
     """
     writer, (known, held_out) = _Writer(seed, "training text"), split_names()
     found = torch.full((n_contexts, n_ctx), ActivationStream.END_OF_TEXT, dtype=torch.int32)
     encodings = tokenizer.encode_batch_fast([writer.document(known, held_out) for _ in range(n_contexts)])
+    if 2 * sum(len(encoding.ids) >= n_ctx for encoding in encodings) > n_contexts:
+        raise _too_long(n_ctx)
     for row, encoding in zip(found, encodings, strict=True):
         ids = encoding.ids[:n_ctx - 1]
         row[1:1 + len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    pieces = corpus.flatten()[:corpus.numel() // (n_ctx - 1) * (n_ctx - 1)].view(-1, n_ctx - 1)
+    rng = numpy_generator(seed, "indirect objects: pieces of the corpus")
+    where = rng.random(n_contexts) < CORPUS_SHARE
+    found[torch.from_numpy(where), 1:] = pieces[torch.from_numpy(rng.integers(len(pieces), size=where.sum()))].int()
     return found
+
+
+def _too_long(n_ctx: int) -> StudyError:
+    return StudyError(f"In the tokens of this corpus most sentences of the task are longer than a context of {n_ctx}; raise n_ctx "
+                      "of the model with names in the profile.")
 
 
 class Prompts(NamedTuple):
@@ -147,19 +183,23 @@ def prompts(tokenizer: Tokenizer, names: Sequence[str], sentences: str, n: int, 
     """`n` sentences of the task, as many ABBA as BABA, with names out of some and ways to say it out of "train", "dev" or "held
     out"; those that do not fit in a context of `n_ctx` are left out.
 
-    Raises StudyError if there are fewer than three names or no such sentences.
+    Raises StudyError if there are fewer than three names, no such sentences, or hardly any that fit.
     """
     if len(names) < 3 or sentences not in SENTENCES:
         raise StudyError(f"Sentences '{sentences}' with {len(names)} names cannot be made; give three names or more, and one of "
                          f"{', '.join(SENTENCES)}.")
     writer = _Writer(seed, f"prompts, {sentences}")
     ids, roles = [], []
-    while len(ids) < n:
+    for _ in range(TRIES * n):
+        if len(ids) == n:
+            break
         indirect, subject = writer.two_of(names)
         found = tokenizer.encode(writer.task(sentences, indirect, subject, len(ids) % 2 == 0)).ids
         if len(found) < n_ctx:
             ids.append([ActivationStream.END_OF_TEXT, *found])
             roles.append((f" {indirect}", f" {subject}"))
+    else:
+        raise _too_long(n_ctx)
     longest = max(map(len, ids))
     tokens = torch.tensor([row + [ActivationStream.END_OF_TEXT] * (longest - len(row)) for row in ids])
     names_of = torch.tensor([[tokenizer.token_to_id(name) for name in pair] for pair in roles])

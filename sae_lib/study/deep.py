@@ -37,7 +37,8 @@ def contexts(study: Study, on: str = "corpus") -> Tensor:
     if on == "corpus":
         return study.contexts("train")
     config = study.profile.deep.with_names
-    return ioi.training_contexts(tokenizer(study), config.n_steps * config.batch_contexts, config.n_ctx, study.seed)
+    return ioi.training_contexts(tokenizer(study), study.contexts("train"), config.n_steps * config.batch_contexts, config.n_ctx,
+                                 study.seed)
 
 
 def _config(study: Study, on: str) -> TransformerConfig:
@@ -56,7 +57,8 @@ def transformer(study: Study, on: str = "corpus") -> Trained:
         save_transformer(model, out / "weights.safetensors", torch.float16)  # the committed one stays small
         log.to_json(out / "log.json", orient="records")
 
-    artefact = study.store.stage("deep_transformer" + _suffix(on), asdict(config), make, inputs=[study.tokens_artefact])
+    artefact = study.store.stage("deep_transformer" + _suffix(on), asdict(config), make, inputs=[study.tokens_artefact],
+                                 version=1 if on == "corpus" else 2)
     return Trained(load_transformer(artefact.path / "weights.safetensors", config),
                    pd.read_json(artefact.path / "log.json", orient="records"), artefact)
 
