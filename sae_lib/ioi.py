@@ -68,9 +68,11 @@ OTHERS = ("The {thing} of {} is in the {place}.", "{} has a {thing}. It is the b
           "{} likes the {place}. So {} is there every day.", "My friend {} bought a {thing}.",
           "This is the {place} of {}. You can find {} there.", "We waited for {} at the {place}.")
 DEALINGS = ("{0} lost the {thing} in a game with {1}. Now it belongs to {1}.", "{0} bought the {thing} from {1}. Ask {0} for it.",
-            "{0} lost the {thing}, and {1} found it. Go and ask {1}.", "The letter for {1} is from {0}. The words are by {0}.",
+            "{0} lost the {thing}, and {1} found it. Go and ask {1}.",
+            "The letter for {1} is from {0}. The words are by {0}.",
             "{0} is older than {1}. The first in the {place} was {0}.", "{0} is older than {1}. The last in the {place} was {1}.",
-            "The {thing} was made by {0} and bought by {1}. It is the work of {0}.", "{0} had the {thing}, now {1} has it. Ask {1}.",
+            "The {thing} was made by {0} and bought by {1}. It is the work of {0}.",
+            "{0} had the {thing}, now {1} has it. Ask {1}.",
             "The {place} was built by {0} and painted by {1}. The colours are by {1}.",
             "{0} asked, and {1} answered. The question was from {0}.", "{0} asked, and {1} answered. The answer was from {1}.",
             "{0} came to the {place} first, and then {1}. The {thing} is from {1}.")
@@ -158,8 +160,8 @@ def training_contexts(tokenizer: Tokenizer, corpus: Int[Tensor, "n_corpus long"]
 
 
 def _too_long(n_ctx: int) -> StudyError:
-    return StudyError(f"In the tokens of this corpus most sentences of the task are longer than a context of {n_ctx}; raise n_ctx "
-                      "of the model with names in the profile.")
+    return StudyError(f"In the tokens of this corpus most sentences of the task are longer than a context of {n_ctx}; raise "
+                      "n_ctx of the model with names in the profile.")
 
 
 class Prompts(NamedTuple):

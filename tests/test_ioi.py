@@ -10,6 +10,8 @@ from sae_lib import ioi, residual
 from sae_lib.errors import StudyError
 from sae_lib.transformer import TransformerConfig
 
+PIECE = 2  # the token that the corpus consists of: a comma, which no short document begins with
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -62,18 +64,27 @@ def test_the_indirect_object_alone_is_exchanged(tokenizer):
 
 
 def test_training_text_never_asks_for_held_out_names(tokenizer):
-    found = ioi.training_contexts(tokenizer, 60, 128, seed=0)
-    assert found.shape == (60, 128) and found.dtype == torch.int32 and (found[:, 0] == 0).all()
-    assert torch.equal(found, ioi.training_contexts(tokenizer, 60, 128, seed=0))
-    assert not torch.equal(found, ioi.training_contexts(tokenizer, 60, 128, seed=1))
+    made = lambda seed: ioi.training_contexts(tokenizer, torch.full((5, 300), PIECE), 200, 128, seed)
+    found = made(0)
+    assert found.shape == (200, 128) and found.dtype == torch.int32 and (found[:, 0] == 0).all()
+    assert torch.equal(found, made(0)) and not torch.equal(found, made(1))
+    pieces = (found[:, 1:] == PIECE).all(1)
+    assert 8 <= pieces.sum() <= 35 and not (found[~pieces] == PIECE).any()
     known, held_out = ({tokenizer.token_to_id(f" {name}") for name in names} for names in ioi.split_names())
     names = [[token for token in row if token in known | held_out] for row in found.tolist()]
     asked = [row for row in names if len(row) == 4]  # two people, the subject again, the indirect object
-    assert len(asked) > 30 and not any(set(row) & held_out for row in asked)
+    assert len(asked) > 60 and not any(set(row) & held_out for row in asked)
     for first, second, subject, indirect in asked:
         assert {subject, indirect} == {first, second}
     others = [set(row) for row in names if len(row) < 4]
-    assert all(row <= known or row <= held_out for row in others) and any(row & held_out for row in others)
+    assert all(row <= known or row <= held_out for row in others) and any(len(row & held_out) == 2 for row in others)
+
+
+def test_sentences_that_do_not_fit_are_refused(tokenizer):
+    with pytest.raises(StudyError, match="longer than a context of 16"):
+        ioi.training_contexts(tokenizer, torch.full((5, 300), PIECE), 10, 16, 0)
+    with pytest.raises(StudyError, match="longer than a context of 16"):
+        ioi.prompts(tokenizer, ioi.NAMES, "train", 2, 0, n_ctx=16)
 
 
 def test_sentences_that_do_not_exist(tokenizer):

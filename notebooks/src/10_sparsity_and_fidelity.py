@@ -23,8 +23,8 @@
 # | kind | what makes it sparse | dead features | what it is known to trip over, and what is done here |
 # |---|---|---|---|
 # | the paper's recipe, born rare | L1 penalty | resampled | the penalty shrinks what it should only select |
-# | Gated | L1 penalty on gates; magnitudes are measured apart | resampled | gates and magnitudes share one encoder; a frozen decoder keeps the gates honest |
-# | TopK | the k largest of a token | AuxK | AuxK must not rebuild the bias: here it rebuilds the residual only |
+# | Gated | L1 penalty on gates, which say *whether* a feature is active; *how strongly* is measured apart | resampled | gates and magnitudes share one encoder; a frozen decoder keeps the gates honest |
+# | TopK | the k largest of a token | AuxK: the largest of the dead ones rebuild what the others miss, and learn from it | AuxK must not rebuild the bias: here it rebuilds the residual only |
 # | BatchTopK | the k largest a token, over a batch | AuxK | what a token gets must not depend on its batch: a threshold takes over after training |
 # | Matryoshka | as BatchTopK; its first features are dictionaries of their own | AuxK | the inner ones have to be paid for |
 # | JumpReLU | a threshold for each feature; a price on their number | resampled | thresholds that hardly move, in bfloat16 or as logarithms; a price that saturates: here float32, plain, and steered to a target L0 |
@@ -46,7 +46,7 @@ from sae_lib.sae import JumpReLUSAE
 from sae_lib.step import LossGradient
 from sae_lib.study import faults, frontier_figures, scores
 from sae_lib.study.frontier import ULTRALOW, frontier
-from sae_lib.study.kinds import KINDS, MODERN, best_rates, rates
+from sae_lib.study.kinds import KINDS, MODERN, best_rates, compared, rates
 from sae_lib.transformer import mlp_activations
 from sae_lib.variants import JumpReLU
 
@@ -113,20 +113,22 @@ print("the same gradients of", ", ".join(ours))
 # **Claim.** Which kind wins can depend on who chose the learning rate. So each kind has tried the same ones, in short trainings, and
 # goes on with its best.
 #
-# A kind is judged by what it minimises, on rows that it meets for the first time. A short training likes a high rate better than a
-# long one would.
+# A kind is judged by its squared error and, if it pays one, its L1 penalty, on rows that it meets for the first time. JumpReLU is
+# told an L0 and gets there by and by; where it is not within 10 % of it yet, its error is that of another sparsity and is not
+# compared. A short training likes a high rate better than a long one would.
 #
 # **Predict.** Which kind minds most?
 
 # %% tags=["slow"]
 trials = rates(run)
 best = best_rates(trials)
-trials.pivot(index="kind", columns="lr", values=["objective", "l0"]).loc[list(KINDS)].round(1)
+fair = compared(trials)
+trials.assign(objective=fair.objective).pivot(index="kind", columns="lr", values=["objective", "l0"]).loc[list(KINDS)].round(1)
 
 # %%
-spread = (trials.groupby("kind").objective.max() / trials.groupby("kind").objective.min() - 1).sort_values()
+spread = (fair.groupby("kind").objective.max() / fair.groupby("kind").objective.min() - 1).sort_values()
 picky, easy = spread.index[-1], spread.index[0]
-study.show(frontier_figures.rates_figure(trials), "10-learning-rates",
+study.show(frontier_figures.rates_figure(fair), "10-learning-rates",
            claim=f"The worst rate tried costs {KINDS[picky]} {spread.iloc[-1]:.0%} of its objective, and {KINDS[easy]} {spread.iloc[0]:.0%}",
            alt="A line a kind, its objective over its best against the learning rate. Best rates: "
                + ", ".join(f"{KINDS[kind]} {lr:g}" for kind, lr in best.items()) + ".")
@@ -177,7 +179,7 @@ study.show(frontier_figures.front_figure(found, "explained", "explained variance
 # %% [markdown]
 # **Above everywhere** has a meaning: between its points a front is a straight line in the logarithm of L0, and the difference of two
 # fronts over the L0 that both have takes its least value at a point or an end of one of them. The interval draws the same documents
-# for both kinds. To beat the paper's recipe under a short budget is no art, as half a million activations are not enough to make its
+# for both kinds. To beat the paper's recipe under a short budget is no art, as so few activations are not enough to make its
 # features rare; so the L1 dictionary whose features are *born* rare is the harder opponent.
 #
 # **Check yourself.** One front goes from 0.6 at L0 10 to 0.9 at 1000; another from 0.5 at 10 to 0.9 at 100. By how much is the first
@@ -225,7 +227,7 @@ for kind, r in over["paper", "recovered"].iterrows():
 
 # %% [markdown]
 # The best of several, chosen on the text it is measured on, flatters itself. So the best modern kind is chosen on *validation* text,
-# among those with an L0 of 32 or less there.
+# by explained variance, among those with an L0 of 32 or less there.
 
 # %%
 tried = table[table.matched & table.kind.isin(MODERN)].groupby("kind")[["validation", "validation_l0"]].mean()
@@ -268,8 +270,8 @@ print(f"{beaten} of {len(swept)} coefficients beaten; the sharpest turn has {tur
 # **Claim.** The L1 penalty shrinks what it lets through; the others do not.
 #
 # A lone feature that should be active with $a$ costs $(a-f)^2 + \lambda f$, and the best $f$ is $a - \lambda/2$: it would have to be
-# multiplied with $a / (a - \lambda / 2)$. Two gains are measured: the one factor for *all* features that would reconstruct best, and for
-# *each* feature the factor that would, if the others stayed.
+# multiplied with $a / (a - \lambda / 2)$. Two gains are measured on held-out text: the one factor for *all* features that would
+# reconstruct best, and for *each* feature the factor that would, if the others stayed.
 #
 # **Predict.** Which will have the larger gain: a feature that fires strongly, or one that fires weakly?
 
@@ -286,7 +288,7 @@ study.show(frontier_figures.gain_figure(gains), "10-shrinkage",
 for kind in KINDS:
     g, shrinks = gain[kind], kind in ("paper", "standard")
     row(f"10.shrinkage.{kind}", claim=f"{KINDS[kind]}: {'the penalty shrinks activations' if shrinks else 'activations are not shrunk'}; factor that would suit them", paper=None,
-        paper_source="no number (Wright and Sharkey; Rajamanoharan et al. 2024)", ours=g.value, low=g.low, high=g.high, seeds=len(matched[kind]),
+        paper_source="no number (Wright and Sharkey; Rajamanoharan et al. 2024)", ours=kept(g.value), low=kept(g.low), high=kept(g.high), seeds=len(matched[kind]),
         verdict=("reproduced" if g.low > 1.05 else "partly" if g.low > 1 else "not") if shrinks else
                 "reproduced" if max(abs(g.low - 1), abs(g.high - 1)) < 0.05 else "partly" if abs(g.value - 1) < 0.1 else "not",
         caveat=f"L0 {l0[kind].value:.1f}; below 1: too strong")
@@ -294,7 +296,8 @@ for kind in KINDS:
 # %% [markdown]
 # ## 6 · A target that is met
 #
-# **Claim.** A JumpReLU dictionary can be told its L0: on held-out text it is within 10 % of what was asked.
+# **Claim.** A JumpReLU dictionary can be told its L0: on held-out text it is within 10 % of what was asked. (The row below says
+# whether it is.)
 #
 # With a fixed price the L0 has to be found by trial, and beyond some price nothing changes any more. Here the price is steered while
 # training: it rises as long as too many features are active.
@@ -385,12 +388,12 @@ if len(known):
 
 # %%
 apart = scores.differences(units, "spearman", of="standard", **draws)
-for kind in KINDS:
+for kind in [kind for kind in KINDS if kind != "standard"]:
     m, logit = medians["spearman"].loc[kind], medians["logit"].loc[kind]
-    d = [-apart.loc[kind, part] for part in ("value", "high", "low")] if kind in apart.index else [0.0, 0.0, 0.0] if kind == "standard" else [np.nan] * 3
+    d = [-apart.loc[kind, part] for part in ("value", "high", "low")] if kind in apart.index else [np.nan] * 3
     row(f"10.autointerp.{kind}", claim=f"Features of {KINDS[kind]} are explained no worse than those of the L1 dictionary born rare: median score", paper=None, paper_source="no number", ours=kept(m.value), low=kept(m.low),
         high=kept(m.high), seeds=1, verdict="reproduced" if d[1] > -0.1 else "partly" if d[2] > 0 else "not",
-        caveat=f"{found.explainer}, Spearman on activations, {m.units:.0f} features, L0 {l0[kind].value:.0f}; against that one {d[0]:+.2f} ({d[1]:+.2f} to {d[2]:+.2f}); on logits {logit.value:.2f}")
+        caveat=f"{found.explainer}, Spearman on activations, interval over {m.units:.0f} features, L0 {l0[kind].value:.0f}; against that one {d[0]:+.2f} ({d[1]:+.2f} to {d[2]:+.2f}); on logits {logit.value:.2f}")
 
 # %% [markdown]
 # ## 10 · Six broken training runs
@@ -422,7 +425,6 @@ study.show(frontier_figures.broken_figure(broken), "10-broken", claim="Six train
 
 # %%
 answers = faults.answers(broken)
-assert PROFILE == "smoke" or answers.shows.all(), "a fault hides"
 shown = int(answers.shows.sum())
 row("10.faults", claim="Of six faults the sign of so many shows in the numbers", paper=None, paper_source="no number", ours=shown, low=None, high=None, seeds=1,
     verdict="reproduced" if shown == len(answers) else "partly" if shown else "not", caveat=f"{sizes.fault_training.n_activations:,} activations, {sizes.fault_expansion}x")
@@ -433,12 +435,12 @@ answers
 # ## Key points
 #
 # - Compare fronts, not points: any kind wins if you may choose its sparsity. And give all the same learning-rate search.
-# - The L1 penalty pays twice, once for being active and once for being large. The second part is shrinkage, and what the modern kinds
-#   have in common is that they do not charge it.
+# - The L1 penalty pays twice, once for being active and once for being large. The second part is shrinkage, and the modern kinds
+#   have in common that what is written into the reconstruction is not charged for its size.
 # - A dictionary that is told its number of active features saves the search for a coefficient.
 # - A better front is no better explanation. Measure both.
 #
-# **What would change our mind.** The budget is half a million activations a dictionary (in the workshop); the paper's was eight billion. Its recipe is the one
+# **What would change our mind.** The budget is half a million activations a dictionary (in the workshop profile); the paper's was eight billion. Its recipe is the one
 # that suffers most from a short training. Whether its front stays below after a long one is not measured here.
 #
 # **If you only take away one thing**: a number for fidelity means nothing without the number for sparsity beside it.

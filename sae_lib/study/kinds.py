@@ -104,10 +104,14 @@ def rates(study: Study) -> pd.DataFrame:
     return pd.read_json(rate_trials(study).path / "rates.json", orient="records", precise_float=True)
 
 
+def compared(table: pd.DataFrame) -> pd.DataFrame:
+    """The trials of `rates` that are fair; of a kind that has none, all."""
+    return table[table.fair | ~table.groupby("kind").fair.transform("any")]
+
+
 def best_rates(table: pd.DataFrame) -> dict[str, float]:
-    """The learning rate with the smallest objective, by kind: of its fair trials, if it has any."""
-    return {kind: float(part.loc[part.objective.where(part.fair | ~part.fair.any()).idxmin(), "lr"])
-            for kind, part in table.groupby("kind", sort=False)}
+    """The learning rate with the smallest objective of those that are compared, by kind."""
+    return {kind: float(part.loc[part.objective.idxmin(), "lr"]) for kind, part in compared(table).groupby("kind", sort=False)}
 
 
 def kept(path: Path, make: Callable[[], dict]) -> dict:

@@ -57,7 +57,7 @@ class FrontierSizes:
     training: TrainConfig = TrainConfig(n_activations=500_000, batch_size=1024, lr_warmup=0.02, lr_decay=0.4,
                                         birth_density=0.005, resample_inputs=16_384, log_every=20)
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)  # learning rates that each kind tries
-    trial_activations: int = 120_000
+    trial_activations: int = 250_000
     trial_l1: float = 3.5
     l1: tuple[float, ...] = (1.5, 2.5, 4.0, 6.0, 9.0)  # of kinds with an L1 penalty on activations
     gate_l1: tuple[float, ...] = (3.0, 6.0, 10.0, 16.0)  # of gated ones, whose penalty is on the gates
