@@ -10,7 +10,8 @@ import torch
 from texts import tiny_study
 
 from sae_lib import ioi, patching
-from sae_lib.study import deep, identification, identification_figures
+from sae_lib.study import deep, identification, identification_figures, task_model
+from sae_lib.study import identification_numbers as numbers
 from sae_lib.study.identification import CODINGS, DENSE, FEATURES, PCA
 from sae_lib.study.profiles import SMOKE, IdentificationSizes
 from sae_lib.transformer import TransformerConfig
@@ -45,7 +46,8 @@ def test_everything_is_made_once_and_loaded_after(study):
     assert at["indirect object", 0] == pytest.approx(0, abs=1e-4) and at["last token", 2] == pytest.approx(0, abs=1e-4)
     assert at["subject", 0] == pytest.approx(1, abs=1e-4)
     labels = ["a"] * len(meaning.table)
-    figures = (identification_figures.accuracy_figure(accuracy), identification_figures.where_figure(places),
+    figures = (identification_figures.accuracy_figure(accuracy, task_model.of(made).sentences),
+               identification_figures.where_figure(places),
                identification_figures.curves_figure({"one": one, "many": many}, 5),
                identification_figures.edits_figure({"one": one}),
                identification_figures.growth_figure(one, 16), identification_figures.layers_figure(one, 1),
@@ -80,17 +82,17 @@ def sets(**columns):
 
 def test_half_by_hand():
     curve = np.array([[4.0, 3, 2, 1], [4, 3, 3, 3], [1, 0.9, 0.5, 0.6]])
-    np.testing.assert_array_equal(identification.half(curve), [2, np.nan, 2])
+    np.testing.assert_array_equal(numbers.half(curve), [2, np.nan, 2])
 
 
 def test_numbers_of_sets_by_hand():
     table = sets(half=[1.0, 3.0, np.nan], kl=[[2, 1.0], [4, 3, 2.5, 1], [1, 1, 1]], edit=[[0, 1.0], [0, 2, 1, 5.0], [0, 1, 2]])
-    np.testing.assert_array_equal(identification.needed(table), [1, 3, 2])
-    assert identification.mean_half(table, n_boot=50).value == 2
-    assert identification.edit_at_half(table, n_boot=50).value == 3
-    assert np.isnan(identification.edit_at_half(table[1:])).all()
-    np.testing.assert_allclose(identification.left_by_directions(table, 2), [[1, 0.5, 0.5], [1, 0.75, 0.625], [1, 1, 1]])
-    np.testing.assert_allclose(identification.left_by_edit(table, np.array([0, 1, 3, 6.0])),
+    np.testing.assert_array_equal(numbers.needed(table), [1, 3, 2])
+    assert numbers.mean_half(table, n_boot=50).value == 2
+    assert numbers.edit_at_half(table, n_boot=50).value == 3
+    assert np.isnan(numbers.edit_at_half(table[1:])).all()
+    np.testing.assert_allclose(numbers.left_by_directions(table, 2), [[1, 0.5, 0.5], [1, 0.75, 0.625], [1, 1, 1]])
+    np.testing.assert_allclose(numbers.left_by_edit(table, np.array([0, 1, 3, 6.0])),
                                [[1, 0.5, 0.5, 0.5], [1, 0.625, 0.625, 0.25], [1, 1, 1, 1]])
 
 

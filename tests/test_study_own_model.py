@@ -19,7 +19,7 @@ from sae_lib.errors import StudyError
 from sae_lib.evaluate import held_out_pass
 from sae_lib.features import activation_table
 from sae_lib.sae import SAE, SAEConfig
-from sae_lib.study import own_cards, own_model
+from sae_lib.study import hub_folders, own_cards, own_model
 from sae_lib.study.profiles import SMOKE, OwnSizes
 from sae_lib.transformer import TransformerConfig
 
@@ -162,10 +162,10 @@ def test_from_the_hub_once(study, own, folder, tmp_path, monkeypatch):
         source = folder if repo == "some/model" else place.parent
         shutil.copytree(source, local_dir if repo == "some/model" else local_dir / "run", dirs_exist_ok=True)
 
-    monkeypatch.setattr(own_model, "snapshot_download", download)
+    monkeypatch.setattr(hub_folders, "snapshot_download", download)
     theirs = [own_model.open_model(study(), "hf:some/model") for _ in range(2)][1]
     assert theirs.model.cfg.d_model == 16 and theirs.name == "hf:some/model"
-    assert SAE.load(own_model._dictionary_folder("hf:a/b/run/layers.1")).config.model_name == "deep_transformer"
+    assert SAE.load(hub_folders.dictionary_folder("hf:a/b/run/layers.1")).config.model_name == "deep_transformer"
     sae = own_model.dictionary(study(), own, 1, Skip(), "hf:a/b/run/layers.1")
     assert sae.config.hook_name == "layers.1"
     assert [repo for repo, _ in calls] == ["some/model", "a/b"]
@@ -176,7 +176,7 @@ def test_no_network(study, own, monkeypatch):
     def offline(*_, **__):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(own_model, "snapshot_download", offline)
+    monkeypatch.setattr(hub_folders, "snapshot_download", offline)
     for ask in (lambda: own_model.open_model(study(), "some/model"),
                 lambda: own_model.dictionary(study(), own, 1, Skip(), "hf:a/b")):
         with pytest.raises(StudyError, match="neither a folder nor could it be downloaded") as error:
