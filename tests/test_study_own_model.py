@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_interchange import dictionary_learning, saelens
-from texts import WORDS, table, tiny_study
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from texts import WORDS, byte_level, pretrained, table, tiny_study
+from tokenizers import Tokenizer
 
 from sae_lib import residual
 from sae_lib.activations import Skip
@@ -39,19 +38,9 @@ def study(tmp_path, monkeypatch):
 @pytest.fixture(scope="module", params=["gpt_neox", "gpt2"])
 def folder(request, tmp_path_factory):
     """A tiny model of another kind with its byte-level tokenizer, saved as a downloaded one would lie there."""
-    folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(WORDS.values(), trainers.BpeTrainer(
-        vocab_size=280, special_tokens=["<unk>", "<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    if request.param == "gpt_neox":
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(
-            vocab_size=288, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-            max_position_embeddings=24, bos_token_id=EOT, eos_token_id=EOT))
-    else:
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=288, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=None,
-                                           eos_token_id=EOT))
+    folder, neox = tmp_path_factory.mktemp(request.param), request.param == "gpt_neox"
+    tokenizer = byte_level(WORDS.values(), 280)
+    model = pretrained(request.param, 288, 24 if neox else 64, bos_token_id=EOT if neox else None, eos_token_id=EOT)
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
