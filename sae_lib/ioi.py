@@ -212,8 +212,8 @@ def answers(model: Transformer, asked: Prompts) -> Answers:
     for tokens, last, indirect, subject, _ in zip(*(values.to(device).split(BATCH) for values in asked), strict=True):
         resid = residual.activations(model, tokens, model.cfg.n_layers)
         logits = residual.unembed(model, resid[torch.arange(len(last)), last])
-        of = lambda names, logits=logits: logits.gather(1, names[:, None])[:, 0]
+        of_names = logits.gather(1, torch.stack([indirect, subject], 1))
         first.append(logits.argmax(1) == indirect)
-        margin.append(of(indirect) - of(subject))
+        margin.append(of_names[:, 0] - of_names[:, 1])
     above = torch.cat(margin).cpu().numpy()
     return Answers(above > 0, torch.cat(first).cpu().numpy(), above)

@@ -128,7 +128,8 @@ class Pretrained(TaskModel):
             raise StudyError(f"To {own.name} {len(self.exchanged)} of the study's names are one token, and {needed} are needed; "
                              "take another model, or sets of fewer exchanges.")
         self.described = f"{own.name}, which was trained on other text; {len(self.exchanged)} names are one token to it"
-        self.l1_coefficient, self.recipe = self.sizes.l1_coefficient, {"pretrained": asdict(self.sizes)}
+        self.l1_coefficient = self.sizes.l1_coefficient
+        self.recipe = {"pretrained": asdict(self.sizes), "dictionary": asdict(study.profile.deep.dictionary)}
 
     def stage(self, name: str, recipe: dict, make: Callable[[Path, Path], None]) -> Artefact:
         return self.study.store.stage(f"ioi_{name}", recipe | self.recipe, make, inputs=self.own.inputs,
