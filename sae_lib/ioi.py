@@ -6,6 +6,9 @@ The name that is not repeated is the indirect object. Which of the two comes fir
 all other words are this project's own; every name is one token, added to the tokenizer's vocabulary with the blank before it.
 Some names, and some ways to say it, are held out: they never stand in a sentence of this kind that a model is trained on.
 Held-out names are met in other sentences, so that a model knows them as names.
+
+A model that was trained elsewhere is asked the same with those names that are one token of its own tokenizer. Nothing was held
+out of its training, nor was it trained on any sentence of these: what is said of known and of held out is not said of it.
 """
 
 from collections.abc import Sequence
@@ -37,7 +40,8 @@ NAMES = (
     "Vincent", "Walter", "Wendy", "William", "Zoe")
 HELD_OUT_EVERY = 5  # of the names, which are in alphabetical order
 CORPUS_SHARE = 0.1  # of the contexts that are trained on
-TRIES = 20  # sentences that are written for each that is wanted, at most
+TRIES = 100  # sentences that are written for each one asked for, before it is said that they do not fit
+BATCH = 128  # prompts that a model goes on with at once
 
 OPENINGS = ("When", "After", "While", "Then,", "One day", "Because", "Before", "Once", "Later", "At last")
 MEETINGS = ("{} and {} went to the {place}", "{} and {} were at the {place}", "{} met {} at the {place}",
@@ -91,6 +95,17 @@ def with_names(tokenizer: Tokenizer) -> Tokenizer:
     extended = Tokenizer.from_str(tokenizer.to_str())
     extended.add_tokens([AddedToken(f" {name}", normalized=False) for name in NAMES])
     return extended
+
+
+def name_ids(tokenizer: Tokenizer, names: Sequence[str]) -> dict[str, int]:
+    """Those of the names that are one token after a blank, and that token, in any tokenizer."""
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    before, found = encode(" and"), {}
+    for name in names:
+        *others, last = encode(f" and {name}")
+        if others == before and tokenizer.decode([last]).strip() == name:  # and not a token for what is unknown
+            found[name] = last
+    return found
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -148,7 +163,8 @@ def training_contexts(tokenizer: Tokenizer, corpus: Int[Tensor, "n_corpus long"]
     found = torch.full((n_contexts, n_ctx), ActivationStream.END_OF_TEXT, dtype=torch.int32)
     encodings = tokenizer.encode_batch_fast([writer.document(known, held_out) for _ in range(n_contexts)])
     if 2 * sum(len(encoding.ids) >= n_ctx for encoding in encodings) > n_contexts:
-        raise _too_long(n_ctx)
+        raise StudyError(f"In the tokens of this corpus most sentences of the task are longer than a context of {n_ctx}; raise "
+                         "n_ctx of the model with names in the profile.")
     for row, encoding in zip(found, encodings, strict=True):
         ids = encoding.ids[:n_ctx - 1]
         row[1:1 + len(ids)] = torch.tensor(ids, dtype=torch.int32)
@@ -159,13 +175,8 @@ def training_contexts(tokenizer: Tokenizer, corpus: Int[Tensor, "n_corpus long"]
     return found
 
 
-def _too_long(n_ctx: int) -> StudyError:
-    return StudyError(f"In the tokens of this corpus most sentences of the task are longer than a context of {n_ctx}; raise "
-                      "n_ctx of the model with names in the profile.")
-
-
 class Prompts(NamedTuple):
-    """Sentences up to the indirect object, each after an end-of-text and padded with that at its end."""
+    """Sentences up to the indirect object, each after the token that texts begin with and padded with that at its end."""
 
     tokens: Int[Tensor, "n longest"]
     last: Int[Tensor, " n"]
@@ -181,30 +192,36 @@ class Prompts(NamedTuple):
         return self._replace(tokens=tokens, indirect=names)
 
 
-def prompts(tokenizer: Tokenizer, names: Sequence[str], sentences: str, n: int, seed: int, n_ctx: int = 256) -> Prompts:
+def prompts(tokenizer: Tokenizer, names: Sequence[str], sentences: str, n: int, seed: int, n_ctx: int = 256,
+            begin: int = ActivationStream.END_OF_TEXT) -> Prompts:
     """`n` sentences of the task, as many ABBA as BABA, with names out of some and ways to say it out of "train", "dev" or "held
-    out"; those that do not fit in a context of `n_ctx` are left out.
+    out"; those that do not fit in a context of `n_ctx` are left out. `begin` is the token that the model's texts begin with.
 
-    Raises StudyError if there are fewer than three names, no such sentences, or hardly any that fit.
+    Raises StudyError if there are fewer than three names or no such sentences, if a name is not one token, or if next to no
+    sentence fits.
     """
     if len(names) < 3 or sentences not in SENTENCES:
         raise StudyError(f"Sentences '{sentences}' with {len(names)} names cannot be made; give three names or more, and one of "
                          f"{', '.join(SENTENCES)}.")
-    writer = _Writer(seed, f"prompts, {sentences}")
+    id_of, writer = name_ids(tokenizer, names), _Writer(seed, f"prompts, {sentences}")
+    if cut := [name for name in names if name not in id_of]:
+        raise StudyError(f"{', '.join(cut)}: not one token each in this tokenizer; leave these names out.")
     ids, roles = [], []
     for _ in range(TRIES * n):
+        indirect, subject = writer.two_of(names)
+        text = writer.task(sentences, indirect, subject, len(ids) % 2 == 0)
+        found, pair = tokenizer.encode(text, add_special_tokens=False).ids, (id_of[indirect], id_of[subject])
+        # A tokenizer that joins a name to what follows would hide it.
+        if len(found) < n_ctx and [found.count(name) for name in pair] == [1, 2]:
+            ids.append([begin, *found])
+            roles.append(pair)
         if len(ids) == n:
             break
-        indirect, subject = writer.two_of(names)
-        found = tokenizer.encode(writer.task(sentences, indirect, subject, len(ids) % 2 == 0)).ids
-        if len(found) < n_ctx:
-            ids.append([ActivationStream.END_OF_TEXT, *found])
-            roles.append((f" {indirect}", f" {subject}"))
     else:
-        raise _too_long(n_ctx)
+        raise StudyError(f"Next to no sentence of the task fits in a context of {n_ctx} tokens; take a model with longer "
+                         "contexts.")
     longest = max(map(len, ids))
-    tokens = torch.tensor([row + [ActivationStream.END_OF_TEXT] * (longest - len(row)) for row in ids])
-    names_of = torch.tensor([[tokenizer.token_to_id(name) for name in pair] for pair in roles])
+    tokens, names_of = torch.tensor([row + [begin] * (longest - len(row)) for row in ids]), torch.tensor(roles)
     return Prompts(tokens, torch.tensor([len(row) - 1 for row in ids]), names_of[:, 0], names_of[:, 1], torch.arange(n) % 2 == 0)
 
 
@@ -224,8 +241,12 @@ class Answers(NamedTuple):
 
 def answers(model: Transformer, asked: Prompts) -> Answers:
     """Ask a model to go on with each prompt."""
-    resid = residual.activations(model, asked.tokens, model.cfg.n_layers)
-    logits = residual.unembed(model, resid[torch.arange(len(asked.last)), asked.last])
-    of = lambda names: logits.gather(1, names[:, None])[:, 0]
-    indirect, subject = of(asked.indirect), of(asked.subject)
-    return Answers((indirect > subject).numpy(), (logits.argmax(1) == asked.indirect).numpy(), (indirect - subject).numpy())
+    first, margin, device = [], [], residual.device(model)
+    for tokens, last, indirect, subject, _ in zip(*(values.to(device).split(BATCH) for values in asked), strict=True):
+        resid = residual.activations(model, tokens, model.cfg.n_layers)
+        logits = residual.unembed(model, resid[torch.arange(len(last)), last])
+        of_names = logits.gather(1, torch.stack([indirect, subject], 1))
+        first.append(logits.argmax(1) == indirect)
+        margin.append(of_names[:, 0] - of_names[:, 1])
+    above = torch.cat(margin).cpu().numpy()
+    return Answers(above > 0, torch.cat(first).cpu().numpy(), above)

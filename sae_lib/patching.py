@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lib import residual
@@ -26,6 +26,7 @@ from sae_lib.seeds import generator
 from sae_lib.transformer import Transformer
 
 LATER = 4.0  # times a threshold: a direction that is needed so much more is not looked at again yet
+
 
 class Coding(NamedTuple):
     """A way to write the residual stream as numbers along directions."""
@@ -54,19 +55,26 @@ def of_pairs(projection: Projection) -> Coding:
     return Coding(codes, torch.cat([projection.write, -projection.write]))
 
 
-def of_dimensions(d_model: int) -> Coding:
+def of_dimensions(d_model: int, device: torch.device | str = "cpu") -> Coding:
     """The numbers of the residual stream themselves: its basis."""
-    return Coding(lambda x: x, torch.eye(d_model))
+    return Coding(lambda x: x, torch.eye(d_model, device=device))
 
 
 class Pair(NamedTuple):
-    """Base and target sentences in the residual stream after some layers, and what the target predicts at each last token."""
+    """Base and target sentences in the residual stream after some layers, and what the target predicts at each last token; all
+    of it where the model is.
+    """
 
     base: Float[Tensor, "n pos d_model"]
     target: Float[Tensor, "n pos d_model"]
     last: Int[Tensor, " n"]
     log_y: Float[Tensor, "n d_vocab"]
     """Log-probabilities."""
+
+    @property
+    def inside(self) -> Bool[Tensor, "n pos"]:
+        """Positions up to the last token."""
+        return torch.arange(self.base.shape[1], device=self.last.device) <= self.last[:, None]
 
 
 def pair(model: Transformer, base: Int[Tensor, "n pos"], target: Int[Tensor, "n other"], last: Int[Tensor, " n"],
@@ -75,7 +83,8 @@ def pair(model: Transformer, base: Int[Tensor, "n pos"], target: Int[Tensor, "n 
     if base.shape != target.shape:
         raise StudyError(f"Sentences of shapes {tuple(base.shape)} and {tuple(target.shape)} cannot be patched into each other; "
                          "make both of the same sentences.")
-    runs = [residual.activations(model, tokens, after) for tokens in (base, target)]
+    device = residual.device(model)
+    runs, last = [residual.activations(model, tokens.to(device), after) for tokens in (base, target)], last.to(device)
     return Pair(*runs, last, _log_probabilities(model, runs[1], last, after))
 
 
@@ -107,7 +116,7 @@ def order(model: Transformer, runs: Pair, coding: Coding, after: int, thresholds
     one. What is dropped later is more needed; what is never dropped comes first, by the rise.
     """
     changes = coding.codes(runs.target) - coding.codes(runs.base)
-    changes = changes * (torch.arange(changes.shape[1]) <= runs.last[:, None])[..., None]
+    changes = changes * runs.inside[..., None]
     kept = (changes.abs().amax((0, 1)) > 0).nonzero()[:, 0].tolist()
     edited = runs.base + changes[..., kept] @ coding.directions[kept]
     current = divergences(model, runs, edited, after).mean().item()
@@ -132,12 +141,11 @@ def patch(model: Transformer, runs: Pair, coding: Coding, after: int, ordered: I
           most: int) -> Patched:
     """Patch the first 0, 1, ..., `most` of ordered directions (all, if there are fewer)."""
     changes = coding.codes(runs.target) - coding.codes(runs.base)
-    inside = (torch.arange(changes.shape[1]) <= runs.last[:, None]).float()
-    kl, size, edited = [], [], runs.base.clone()
+    inside, kl, size, edited = runs.inside.float(), [], [], runs.base.clone()
     for k in range(min(most, len(ordered)) + 1):
         if k:
             unit = ordered[k - 1]
             edited += changes[..., unit, None] * coding.directions[unit]
         kl.append(divergences(model, runs, edited, after))
         size.append(((edited - runs.base).norm(dim=-1) * inside).sum(1) / inside.sum(1))
-    return Patched(torch.stack(kl, 1).numpy(), torch.stack(size, 1).numpy())
+    return Patched(torch.stack(kl, 1).cpu().numpy(), torch.stack(size, 1).cpu().numpy())

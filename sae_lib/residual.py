@@ -54,6 +54,11 @@ def hook_name(model: Transformer, after: int | None) -> str:
     return f"blocks.{after}.hook_resid_pre" if after <= last else f"blocks.{last}.hook_resid_post"
 
 
+def device(model: Transformer) -> torch.device:
+    """Where a model is, and where it wants its tokens."""
+    return next(iter(parameters(model).values())).device
+
+
 def width(model: Transformer, after: int | None) -> int:
     """Numbers in one activation there: d_mlp, or d_model."""
     return model.cfg.d_mlp if after is None else model.cfg.d_model

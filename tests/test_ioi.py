@@ -83,7 +83,7 @@ def test_training_text_never_asks_for_held_out_names(tokenizer):
 def test_sentences_that_do_not_fit_are_refused(tokenizer):
     with pytest.raises(StudyError, match="longer than a context of 16"):
         ioi.training_contexts(tokenizer, torch.full((5, 300), PIECE), 10, 16, 0)
-    with pytest.raises(StudyError, match="longer than a context of 16"):
+    with pytest.raises(StudyError, match="fits in a context of 16"):
         ioi.prompts(tokenizer, ioi.NAMES, "train", 2, 0, n_ctx=16)
 
 

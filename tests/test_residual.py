@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from texts import pretrained
 
 from sae_lib import residual
 from sae_lib.activations import ActivationStream, StreamConfig
@@ -130,20 +130,15 @@ def test_tables_and_held_out_losses(model, tokens):
 
 
 @pytest.fixture(scope="module", params=["gpt_neox", "gpt2"])
-def pretrained(request, tmp_path_factory):
+def elsewhere(request, tmp_path_factory):
     """A tiny model of another kind, read from a folder as a downloaded one would be."""
-    if request.param == "gpt_neox":
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
-                                                 intermediate_size=24, max_position_embeddings=16))
-    else:
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=2, n_positions=16))
-    folder = tmp_path_factory.mktemp(request.param)
+    model, folder = pretrained(request.param, 40, 16, 3), tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
-    return load_pretrained(str(folder)), model.eval()
+    return load_pretrained(str(folder)), model
 
 
-def test_models_that_were_trained_elsewhere(pretrained, tokens):
-    model, original = pretrained
+def test_models_that_were_trained_elsewhere(elsewhere, tokens):
+    model, original = elsewhere
     assert not residual.is_own(model)
     logits = original(tokens).logits
     for after in range(4):

@@ -10,7 +10,9 @@ import torch
 from texts import tiny_study
 
 from sae_lib import ioi, patching
-from sae_lib.study import deep, identification, identification_figures
+from sae_lib.errors import StudyError
+from sae_lib.study import deep, identification, identification_figures, task_model
+from sae_lib.study import identification_numbers as numbers
 from sae_lib.study.identification import CODINGS, DENSE, FEATURES, PCA
 from sae_lib.study.profiles import SMOKE, IdentificationSizes
 from sae_lib.transformer import TransformerConfig
@@ -45,7 +47,8 @@ def test_everything_is_made_once_and_loaded_after(study):
     assert at["indirect object", 0] == pytest.approx(0, abs=1e-4) and at["last token", 2] == pytest.approx(0, abs=1e-4)
     assert at["subject", 0] == pytest.approx(1, abs=1e-4)
     labels = ["a"] * len(meaning.table)
-    figures = (identification_figures.accuracy_figure(accuracy), identification_figures.where_figure(places),
+    figures = (identification_figures.accuracy_figure(accuracy, task_model.of(made).sentences),
+               identification_figures.where_figure(places),
                identification_figures.curves_figure({"one": one, "many": many}, 5),
                identification_figures.edits_figure({"one": one}),
                identification_figures.growth_figure(one, 16), identification_figures.layers_figure(one, 1),
@@ -64,6 +67,8 @@ def test_sentences_of_a_set_differ_in_the_exchanged_names_alone(study):
     assert len(names) == 6 and not names & set(base.subject.tolist())
     for pair in set(pairs):
         assert base.abba[[p == pair for p in pairs]].sum() == 2
+    with pytest.raises(StudyError, match="two or more for each"):
+        identification.exchanged(made, 3, 0, "dev", "order", 5)
     again = identification.exchanged(made, 3, 0, "dev", "measure", 12)
     assert again.base.indirect.tolist() == base.indirect.tolist() and not torch.equal(again.base.subject, base.subject)
 
@@ -80,17 +85,23 @@ def sets(**columns):
 
 def test_half_by_hand():
     curve = np.array([[4.0, 3, 2, 1], [4, 3, 3, 3], [1, 0.9, 0.5, 0.6]])
-    np.testing.assert_array_equal(identification.half(curve), [2, np.nan, 2])
+    np.testing.assert_array_equal(numbers.half(curve), [2, np.nan, 2])
 
 
 def test_numbers_of_sets_by_hand():
-    table = sets(half=[1.0, 3.0, np.nan], kl=[[2, 1.0], [4, 3, 2.5, 1], [1, 1, 1]], edit=[[0, 1.0], [0, 2, 1, 5.0], [0, 1, 2]])
-    np.testing.assert_array_equal(identification.needed(table), [1, 3, 2])
-    assert identification.mean_half(table, n_boot=50).value == 2
-    assert identification.edit_at_half(table, n_boot=50).value == 3
-    assert np.isnan(identification.edit_at_half(table[1:])).all()
-    np.testing.assert_allclose(identification.left_by_directions(table, 2), [[1, 0.5, 0.5], [1, 0.75, 0.625], [1, 1, 1]])
-    np.testing.assert_allclose(identification.left_by_edit(table, np.array([0, 1, 3, 6.0])),
+    table = sets(repeat=[0, 1, 2], half=[1.0, 3.0, np.nan], kl=[[2, 1.0], [4, 3, 2.5, 1], [1, 1, 1]],
+                 edit=[[0, 1.0], [0, 2, 1, 5.0], [0, 1, 2]])
+    np.testing.assert_array_equal(numbers.needed(table), [1, 3, 2])
+    assert numbers.mean_half(table, n_boot=50).value == 2
+    twice = table.assign(coding=PCA, half=[1.0, 2, 2], edit=[[0, 2.0], [0, 2, 10, 5.0], [0, 1, 2]])
+    both = pd.concat([twice[::-1], table])
+    found = numbers.needed_ratio(both, FEATURES, PCA, n_boot=200)
+    assert found.value == 6 / 5 and found.low == 1 and 1.2 < found.high <= 1.5  # never below the least ratio of a set
+    mine, theirs, ratio = numbers.edit_ratio(both, FEATURES, PCA, n_boot=50)
+    assert (mine.value, theirs.value, ratio.value) == (3, 6, 0.5)  # the last set never gets there by features
+    assert np.isnan(np.array(numbers.edit_ratio(both[both.repeat > 0], FEATURES, PCA))).all()
+    np.testing.assert_allclose(numbers.left_by_directions(table, 2), [[1, 0.5, 0.5], [1, 0.75, 0.625], [1, 1, 1]])
+    np.testing.assert_allclose(numbers.left_by_edit(table, np.array([0, 1, 3, 6.0])),
                                [[1, 0.5, 0.5, 0.5], [1, 0.625, 0.625, 0.25], [1, 1, 1, 1]])
 
 
@@ -107,3 +118,10 @@ def test_codings_by_name(study):
     x = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
     assert all(isinstance(coding, patching.Coding) for coding in found.values())
     assert [coding.codes(x).shape[1] for coding in found.values()] == [64, 64, 64, 16]
+
+
+def test_a_ratio_over_sentences_by_hand():
+    one, other = (pd.Series({"half": half, "kl": [1.0] * 9, "drawn": drawn}) for half, drawn in ((3.0, [3, 4] * 50), (6.0, [6] * 100)))
+    found = numbers.drawn_ratio(one, other)
+    assert found.value == 0.5 and found.low == 0.5 and found.high == pytest.approx(4 / 6)
+    assert numbers.drawn_ratio(one, other.replace({6.0: np.nan})).value == 3 / 8

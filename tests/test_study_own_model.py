@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_interchange import dictionary_learning, saelens
-from texts import WORDS, table, tiny_study
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from texts import WORDS, byte_level, pretrained, table, tiny_study
+from tokenizers import Tokenizer
 
 from sae_lib import residual
 from sae_lib.activations import Skip
@@ -19,7 +18,7 @@ from sae_lib.errors import StudyError
 from sae_lib.evaluate import held_out_pass
 from sae_lib.features import activation_table
 from sae_lib.sae import SAE, SAEConfig
-from sae_lib.study import own_cards, own_model
+from sae_lib.study import hub_folders, own_cards, own_model
 from sae_lib.study.profiles import SMOKE, OwnSizes
 from sae_lib.transformer import TransformerConfig
 
@@ -39,19 +38,9 @@ def study(tmp_path, monkeypatch):
 @pytest.fixture(scope="module", params=["gpt_neox", "gpt2"])
 def folder(request, tmp_path_factory):
     """A tiny model of another kind with its byte-level tokenizer, saved as a downloaded one would lie there."""
-    folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(WORDS.values(), trainers.BpeTrainer(
-        vocab_size=280, special_tokens=["<unk>", "<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    if request.param == "gpt_neox":
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(
-            vocab_size=288, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-            max_position_embeddings=24, bos_token_id=EOT, eos_token_id=EOT))
-    else:
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=288, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=None,
-                                           eos_token_id=EOT))
+    folder, neox = tmp_path_factory.mktemp(request.param), request.param == "gpt_neox"
+    tokenizer = byte_level(WORDS.values(), 280)
+    model = pretrained(request.param, 288, 24 if neox else 64, bos_token_id=EOT if neox else None, eos_token_id=EOT)
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -162,10 +151,10 @@ def test_from_the_hub_once(study, own, folder, tmp_path, monkeypatch):
         source = folder if repo == "some/model" else place.parent
         shutil.copytree(source, local_dir if repo == "some/model" else local_dir / "run", dirs_exist_ok=True)
 
-    monkeypatch.setattr(own_model, "snapshot_download", download)
+    monkeypatch.setattr(hub_folders, "snapshot_download", download)
     theirs = [own_model.open_model(study(), "hf:some/model") for _ in range(2)][1]
     assert theirs.model.cfg.d_model == 16 and theirs.name == "hf:some/model"
-    assert SAE.load(own_model._dictionary_folder("hf:a/b/run/layers.1")).config.model_name == "deep_transformer"
+    assert SAE.load(hub_folders.dictionary_folder("hf:a/b/run/layers.1")).config.model_name == "deep_transformer"
     sae = own_model.dictionary(study(), own, 1, Skip(), "hf:a/b/run/layers.1")
     assert sae.config.hook_name == "layers.1"
     assert [repo for repo, _ in calls] == ["some/model", "a/b"]
@@ -176,7 +165,7 @@ def test_no_network(study, own, monkeypatch):
     def offline(*_, **__):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(own_model, "snapshot_download", offline)
+    monkeypatch.setattr(hub_folders, "snapshot_download", offline)
     for ask in (lambda: own_model.open_model(study(), "some/model"),
                 lambda: own_model.dictionary(study(), own, 1, Skip(), "hf:a/b")):
         with pytest.raises(StudyError, match="neither a folder nor could it be downloaded") as error:

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 from scipy.sparse import csc_array
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from sae_lib.evaluate import Text
 from sae_lib.seeds import generator
@@ -46,6 +48,28 @@ def scrambled(config: TransformerConfig) -> Transformer:
         for value in parameters(model).values():
             value.add_(0.3 * torch.randn(value.shape, generator=rng))
     return model.requires_grad_(False)
+
+
+def pretrained(kind, vocab_size, n_ctx, n_layers=2, **config):
+    """A tiny model as others train them: "gpt_neox" or "gpt2"."""
+    if kind == "gpt_neox":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(
+            vocab_size=vocab_size, hidden_size=16, num_hidden_layers=n_layers, num_attention_heads=2, intermediate_size=24,
+            max_position_embeddings=n_ctx, **config))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=16, n_layer=n_layers, n_head=2, n_positions=n_ctx,
+                                           **config))
+    return model.eval()
+
+
+def byte_level(texts, vocab_size) -> Tokenizer:
+    """A tokenizer of the kind that they bring."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<unk>", "<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return tokenizer
 
 
 def tiny_study(tmp_path, monkeypatch, n_ctx, **profile):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sae_lib import ioi, residual
-from sae_lib.activations import ActivationStream
+from sae_lib.activations import ActivationStream, Skip
 from sae_lib.precision import best_device
 from sae_lib.pretrain import train_transformer
 from sae_lib.sae import SAE, SAEConfig
@@ -67,13 +67,18 @@ def _suffix(on: str) -> str:
     return "" if on == "corpus" else f"_{on}"
 
 
+def skip(on: str = "corpus") -> Skip:
+    """What is no activation to train on: of the model with names, what fills its short contexts up."""
+    return Skip() if on == "corpus" else Skip((ActivationStream.END_OF_TEXT,))
+
+
 def stream(study: Study, after: int, batch_size: int | None = None, on: str = "corpus") -> ActivationStream:
     """Training activations: the residual stream after so many layers, in batches of the dictionaries' size unless told."""
     sizes, config = study.profile.deep, replace(study.profile.stream, seed=2 * study.seed)
-    if on != "corpus":  # in a short context about so many tokens are a sentence's and not what fills it up
+    if on != "corpus":  # about so many tokens of a short context are a sentence's
         config = replace(config, tokens_per_context=sizes.with_names.n_ctx // 2, chunk_contexts=16 * config.chunk_contexts)
     return ActivationStream(transformer(study, on).model, contexts(study, on), batch_size or sizes.dictionary.batch_size, config,
-                            device=best_device(), after=after)
+                            device=best_device(), after=after, skip=skip(on))
 
 
 def dictionary(study: Study, after: int, l1_coefficient: float | None = None, on: str = "corpus") -> Trained:
@@ -97,5 +102,6 @@ def dictionary(study: Study, after: int, l1_coefficient: float | None = None, on
 
     name = f"deep_sae{_suffix(on)}_{after}" + ("" if l1_coefficient is None else f"_l1_{l1_coefficient:g}")
     everything = {"sae": asdict(config), "train": asdict(train), "stream": asdict(study.profile.stream)}
-    artefact = study.store.stage(name, everything, make, inputs=[model.artefact, study.tokens_artefact])
+    artefact = study.store.stage(name, everything, make, inputs=[model.artefact, study.tokens_artefact],
+                                 version=1 if on == "corpus" else 2)
     return Trained(SAE.load(artefact.path), pd.read_json(artefact.path / "log.json", orient="records"), artefact)

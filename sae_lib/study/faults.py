@@ -21,7 +21,7 @@ from sae_lib.recipe import TrainConfig
 from sae_lib.seeds import numpy_generator
 from sae_lib.study import paths
 from sae_lib.study.frontier import spread_over
-from sae_lib.study.kinds import kept, seed_of
+from sae_lib.study.kinds import seed_of
 from sae_lib.study.pipeline import Study
 from sae_lib.train import train_sae
 from sae_lib.transformer import mlp_activations
@@ -107,7 +107,7 @@ def broken(study: Study) -> Broken:
             error = known[0].values["error"].mean().item() * sae.metadata["training"]["activation_scale"] ** 2
             return {"log": log[COLUMNS].round(5).to_dict("records"), "held_out": error}
 
-        paths.write_json(out / "runs.json", {name: kept(checkpoint / f"{name}.json", partial(one, name)) for name in runs})
+        paths.write_json(out / "runs.json", {name: paths.kept(checkpoint / f"{name}.json", partial(one, name)) for name in runs})
 
     everything = {"runs": runs, "expansion": sizes.fault_expansion, "contexts": sizes.contexts, "repeated": REPEATED}
     artefact = study.store.stage("frontier_faults", everything, make, inputs=[model.artefact, study.tokens_artefact])

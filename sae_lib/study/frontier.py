@@ -28,7 +28,7 @@ from sae_lib.metrics import Interval, Numbers, bootstrap_interval, density_summa
 from sae_lib.sae import SAE
 from sae_lib.shrinkage import own_gains
 from sae_lib.study import paths, scores
-from sae_lib.study.kinds import KINDS, PENALISED, Setting, best_rates, control_for, kept, rate_trials, rates, seed_of, trained
+from sae_lib.study.kinds import KINDS, PENALISED, Setting, best_rates, control_for, rate_trials, rates, seed_of, trained
 from sae_lib.study.pipeline import Study
 from sae_lib.transformer import mlp_activations
 
@@ -150,7 +150,7 @@ class _Measuring:
         self.known: dict[str, HeldOut] = {}
 
     def __call__(self, setting: Setting) -> dict:
-        return kept(self.checkpoint / f"{setting.name}.json", partial(self._measured, setting))
+        return paths.kept(self.checkpoint / f"{setting.name}.json", partial(self._measured, setting))
 
     @property
     def harvest(self) -> Harvest:

@@ -2,8 +2,9 @@
 
 One name is exchanged for another in sentences of the task, and the directions of several codings of the residual stream are
 patched in the order of `patching.order`. An *exchange* is a pair of names; a *set* is one or more exchanges whose sentences share
-one order, found on half of the sentences and measured on the other half. Names are those the task was trained with; sentences
-are such as the model was never trained on: "dev" where a choice is made, "held out" where it is measured.
+one order, found on half of the sentences and measured on the other half. Names are those the task was trained with, or all that
+are one token to a model that was trained elsewhere; sentences are such as the model was never trained on: "dev" where a choice is
+made, "held out" where it is measured.
 """
 
 import json
@@ -21,13 +22,15 @@ from torch import Tensor
 
 from sae_lib import baselines, features, ioi, patching, residual
 from sae_lib.baselines import Projection
-from sae_lib.metrics import Interval, bootstrap_interval, share_interval
+from sae_lib.errors import StudyError
+from sae_lib.metrics import bootstrap_interval, share_interval
 from sae_lib.patching import Coding
 from sae_lib.seeds import generator, numpy_generator
-from sae_lib.study import deep
+from sae_lib.study import paths, task_model
+from sae_lib.study.identification_numbers import half, needed
 from sae_lib.study.pipeline import Study
+from sae_lib.study.task_model import TaskModel
 
-NAMES = "names"  # the model that this is about, in `deep`
 FEATURES, DENSE, PCA, PAIRS, DIMENSIONS, RANDOM = ("features", "dictionary without L1", "PCA", "PCA, two signs", "dimensions",
                                                    "random rotation")
 CODINGS = (FEATURES, PCA, PAIRS, DENSE, DIMENSIONS, RANDOM)
@@ -38,23 +41,23 @@ PURPOSES = {"order": 0, "measure": 1}
 
 
 def accuracy(study: Study) -> pd.DataFrame:
-    """How well the model does the task. A row for each kind of names and of sentences, with the share of prompts in which the
+    """How well the model does the task. A row for each kind of its names and of sentences, with the share of prompts in which the
     indirect object is likelier than the subject (right) and than all tokens (first), and Wilson's intervals.
     """
-    model, n = deep.transformer(study, NAMES), study.profile.identification.prompts
+    task, n = task_model.of(study), study.profile.identification.prompts
 
     def make(out: Path, _: Path) -> None:
-        rows, tokenizer, n_ctx = [], deep.tokenizer(study), study.profile.deep.with_names.n_ctx
-        for names, chosen in zip(("known", "held out"), ioi.split_names(), strict=True):
+        rows = []
+        for names, chosen in task.names.items():
             for sentences in ioi.SENTENCES:
-                found = ioi.answers(model.model, ioi.prompts(tokenizer, chosen, sentences, n, study.seed, n_ctx))
+                found = ioi.answers(task.model, task.prompts(chosen, sentences, n, study.seed))
                 row = {"names": names, "sentences": sentences, "prompts": n, "margin": float(found.margin.mean())}
                 for name, values in (("right", found.right), ("first", found.first)):
                     row |= dict(zip((name, f"{name}_low", f"{name}_high"), share_interval(int(values.sum()), n), strict=True))
                 rows.append(row)
         pd.DataFrame(rows).to_json(out / "accuracy.json", orient="records")
 
-    artefact = study.store.stage("ioi_accuracy", {"prompts": n, "seed": study.seed}, make, inputs=[model.artefact])
+    artefact = task.stage("accuracy", {"prompts": n, "seed": study.seed}, make)
     return pd.read_json(artefact.path / "accuracy.json")
 
 
@@ -69,42 +72,38 @@ class Sentences(NamedTuple):
 
 
 def exchanged(study: Study, exchanges: int, repeat: int, kind: str, purpose: str, n: int) -> Sentences:
-    """Sentences of the `repeat`th set of so many exchanges. Subjects are other names; each exchange has ABBA and BABA alike."""
-    rng = numpy_generator(study.seed, f"exchanges, {kind}, {exchanges}", repeat)
-    names = rng.permutation(ioi.split_names()[0]).tolist()
+    """Sentences of the `repeat`th set of so many exchanges. Subjects are other names; each exchange has ABBA and BABA alike.
+
+    Raises StudyError if there are fewer than two sentences for each exchange.
+    """
+    if n < 2 * exchanges:
+        raise StudyError(f"{n} sentences are too few for {exchanges} exchanges of names; give two or more for each.")
+    task, rng = task_model.of(study), numpy_generator(study.seed, f"exchanges, {kind}, {exchanges}", repeat)
+    names = rng.permutation(task.exchanged).tolist()
     drawn, others = names[:2 * exchanges], names[2 * exchanges:]
-    tokenizer, seed = deep.tokenizer(study), 1000 * study.seed + 2 * repeat + PURPOSES[purpose]
-    asked = ioi.prompts(tokenizer, others, kind, n, seed, study.profile.deep.with_names.n_ctx)
-    ids = torch.tensor([tokenizer.token_to_id(f" {name}") for name in drawn]).view(exchanges, 2)[torch.arange(n) // 2 % exchanges]
+    asked = task.prompts(others, kind, n, 1000 * study.seed + 2 * repeat + PURPOSES[purpose])
+    ids = torch.tensor(list(ioi.name_ids(task.tokenizer, drawn).values())).view(exchanges, 2)[torch.arange(n) // 2 % exchanges]
     return Sentences(asked.exchanged(ids[:, 0]), asked.exchanged(ids[:, 1]))
 
 
 def codings(study: Study, after: int, names: Sequence[str]) -> dict[str, Coding]:
     """Codings of the residual stream after some layers by name; "features, L1 0.3" is of a dictionary of that coefficient."""
-    sample = deep.stream(study, after, on=NAMES).sample(study.profile.component_sample, "components")
+    task = task_model.of(study)
+    sample, device = task.sample(after, study.profile.component_sample), residual.device(task.model)
     d_model = sample.shape[1]
     rotation = torch.linalg.qr(torch.randn(d_model, d_model, generator=generator(study.seed, "random rotation")))[0].contiguous()
-    whole = baselines.pca(sample, d_model)
-    makers = {FEATURES: lambda: patching.of_features(deep.dictionary(study, after, on=NAMES).model),
-              DENSE: lambda: patching.of_features(deep.dictionary(study, after, 0.0, NAMES).model),
-              PCA: lambda: patching.of_rotation(whole), PAIRS: lambda: patching.of_pairs(whole),
-              DIMENSIONS: lambda: patching.of_dimensions(d_model),
-              RANDOM: lambda: patching.of_rotation(Projection(rotation, rotation.T.contiguous(), torch.zeros(d_model)))}
-    def with_l1(name: str) -> Coding:
-        return patching.of_features(deep.dictionary(study, after, float(name.rpartition(" ")[2]), NAMES).model)
-
-    return {name: makers[name]() if name in makers else with_l1(name) for name in names}
+    there = lambda found: Projection(*(part.to(device) for part in found))
+    whole, turned = there(baselines.pca(sample, d_model)), there((rotation, rotation.T.contiguous(), torch.zeros(d_model)))
+    features_of = lambda l1=None: patching.of_features(task.dictionary(after, l1))
+    makers = {FEATURES: features_of, DENSE: lambda: features_of(0.0), PCA: lambda: patching.of_rotation(whole),
+              PAIRS: lambda: patching.of_pairs(whole), DIMENSIONS: lambda: patching.of_dimensions(d_model, device),
+              RANDOM: lambda: patching.of_rotation(turned)}
+    return {name: makers[name]() if name in makers else features_of(float(name.rpartition(" ")[2])) for name in names}
 
 
-def half(curve: Float[np.ndarray, "*draws k"]) -> Float[np.ndarray, "*draws"]:
-    """The fewest directions that take the KL to half of what it is with none; nan if none of the curve is so low."""
-    low = curve <= curve[..., :1] / 2
-    return np.where(low.any(-1), low.argmax(-1), np.nan)
-
-
-def _set(study: Study, coding: Coding, after: int, kind: str, exchanges: int, repeat: int) -> dict:
+def _set(study: Study, task: TaskModel, coding: Coding, after: int, kind: str, exchanges: int, repeat: int) -> dict:
     """The curves of one set."""
-    sizes, model = study.profile.identification, deep.transformer(study, NAMES).model
+    sizes, model = study.profile.identification, task.model
     n = sizes.sentences if exchanges == 1 else sizes.sentences_of_many
     runs = {}
     for purpose in PURPOSES:
@@ -114,13 +113,13 @@ def _set(study: Study, coding: Coding, after: int, kind: str, exchanges: int, re
     ordered = patching.order(model, runs["order"], coding, after, thresholds, study.seed)
     found = patching.patch(model, runs["measure"], coding, after, ordered, sizes.most)
     changes = (coding.codes(runs["measure"].target) - coding.codes(runs["measure"].base)).abs() > 1e-4
-    changes &= (torch.arange(changes.shape[1]) <= runs["measure"].last[:, None])[..., None]
+    changes &= runs["measure"].inside[..., None]
     kl, bound = found.divergence, half(found.divergence.mean(0))
     draws = numpy_generator(study.seed, "prompts").integers(n, size=(study.profile.bootstrap, n))
     # A draw that never gets there takes more than all of them.
-    low, high = np.quantile(np.nan_to_num(half(kl[draws].mean(1)), nan=kl.shape[1]), [0.025, 0.975])
-    return {"after": after, "kind": kind, "exchanges": exchanges, "repeat": repeat, "half": float(bound),
-            "half_low": float(np.fmin(low, bound)), "half_high": float(np.fmax(high, bound)),
+    drawn = np.nan_to_num(half(kl[draws].mean(1)), nan=kl.shape[1])
+    return {"after": after, "kind": kind, "exchanges": exchanges, "repeat": repeat,
+            "half": None if np.isnan(bound) else float(bound), "drawn": drawn.tolist() if exchanges > 1 else [],
             "changed": float(changes.any(1).sum(1).float().mean()), "ordered": len(ordered),
             "kl": kl.mean(0).round(5).tolist(), "edit": found.edit.mean(0).round(4).tolist(),
             "first": ordered[:FIRST].tolist()}
@@ -129,24 +128,25 @@ def _set(study: Study, coding: Coding, after: int, kind: str, exchanges: int, re
 def _sets(study: Study, name: str, after: int, kind: str, wanted: Sequence[tuple[int, int]],
           chosen: Sequence[str]) -> pd.DataFrame:
     """The table of sets [(exchanges, how many sets), ...] of chosen codings, made once."""
-    model, sizes = deep.transformer(study, NAMES), study.profile.identification
+    task = task_model.of(study)
 
     def make(out: Path, checkpoint: Path) -> None:
         rows = []
         for coding, found in codings(study, after, chosen).items():
-            part = checkpoint / f"{coding}.json"
-            if not part.exists():
-                part.write_text(json.dumps([{"coding": coding} | _set(study, found, after, kind, exchanges, repeat)
-                                            for exchanges, repeats in wanted for repeat in range(repeats)]))
-            rows += json.loads(part.read_text())
+            one = lambda exchanges, repeat: _set(study, task, found, after, kind, exchanges, repeat)  # noqa: B023
+            part = paths.kept(checkpoint / f"{coding}.json", lambda: {  # noqa: B023
+                "sets": [one(exchanges, repeat) for exchanges, repeats in wanted for repeat in range(repeats)]})  # noqa: B023
+            rows += [{"coding": coding} | row for row in part["sets"]]
         (out / "sets.json").write_text(json.dumps(rows))
 
-    recipe = {"after": after, "kind": kind, "wanted": list(wanted), "codings": list(chosen), "sizes": asdict(sizes),
-              "dictionary": asdict(study.profile.deep.dictionary), "expansion": study.profile.deep.expansion,
-              "activations": study.profile.deep.names_activations, "seed": study.seed,
-              "components": study.profile.component_sample}
-    artefact = study.store.stage(f"ioi_{name}", recipe, make, inputs=[model.artefact])
-    return pd.DataFrame(json.loads((artefact.path / "sets.json").read_text()))
+    artefact = task.stage(name, _recipe(study, after) | {"kind": kind, "wanted": list(wanted), "codings": list(chosen)}, make)
+    return pd.DataFrame(json.loads((artefact.path / "sets.json").read_text())).astype({"half": float})
+
+
+def _recipe(study: Study, after: int) -> dict:
+    """What sets of exchanges depend on besides the model."""
+    return {"after": after, "sizes": asdict(study.profile.identification), "seed": study.seed,
+            "components": study.profile.component_sample} | task_model.of(study).recipe
 
 
 def layer_choice(study: Study) -> pd.DataFrame:
@@ -181,7 +181,7 @@ def growth(study: Study, after: int) -> pd.DataFrame:
 
 def coefficients(study: Study, after: int) -> pd.DataFrame:
     """One exchange at a time, for dictionaries of several L1 coefficients: columns as elsewhere, and l1."""
-    sizes, main = study.profile.identification, study.profile.deep.dictionary.l1_coefficient
+    sizes, main = study.profile.identification, task_model.of(study).l1_coefficient
     name_of = {l1: FEATURES if l1 == main else DENSE if l1 == 0 else f"features, L1 {l1:g}" for l1 in sizes.l1}
     others = [name for name in name_of.values() if name not in CODINGS]
     parts = [one_exchange(study, after)] + ([_sets(study, f"l1_{after}", after, "held out", [(1, sizes.exchanges)], others)]
@@ -198,15 +198,16 @@ def where(study: Study) -> pd.DataFrame:
     """What is left of the KL when the whole residual stream is patched at some positions after some layers: columns role, after,
     left (a share), low, high (bootstrap over sentences).
     """
-    model, sizes = deep.transformer(study, NAMES).model, study.profile.identification
+    model, sizes = task_model.of(study).model, study.profile.identification
     base, target = exchanged(study, sizes.sentences_of_many // 2, 0, "held out", "measure", sizes.sentences_of_many)
     positions, rows = _positions(base), []
     for after in range(model.cfg.n_layers + 1):
         runs = patching.pair(model, base.tokens, target.tokens, base.last, after)
         before = patching.divergences(model, runs, runs.base, after)
         for role, here in positions.items():
-            left = patching.divergences(model, runs, torch.where(here[..., None], runs.target, runs.base), after)
-            found = bootstrap_interval(torch.stack([left, before], 1).double().numpy(), lambda t: t[..., 0] / t[..., 1],
+            patched = torch.where(here.to(before.device)[..., None], runs.target, runs.base)
+            left = patching.divergences(model, runs, patched, after)
+            found = bootstrap_interval(torch.stack([left, before], 1).double().cpu().numpy(), lambda t: t[..., 0] / t[..., 1],
                                        seed=study.seed, n_boot=study.profile.bootstrap)
             rows.append({"role": role, "after": after, "left": found.value, "low": found.low, "high": found.high})
     return pd.DataFrame(rows)
@@ -236,18 +237,18 @@ class Meaning(NamedTuple):
 
 def meaning(study: Study, after: int) -> Meaning:
     """What the first features in the order of each exchange are, from made-up text that nothing was trained on."""
-    model, sizes, sets = deep.transformer(study, NAMES), study.profile.identification, one_exchange(study, after)
+    task, sizes, sets = task_model.of(study), study.profile.identification, one_exchange(study, after)
 
     def make(out: Path, _: Path) -> None:
-        sae, n_ctx = deep.dictionary(study, after, on=NAMES).model, study.profile.deep.with_names.n_ctx
-        made = ioi.training_contexts(deep.tokenizer(study), TEXT, n_ctx, 10_000 + study.seed)
-        units = features.activation_table(model.model, made, sae.encode, after=after)
-        tokens, rows, examples = made.flatten().numpy(), [], {}
-        ids = np.array([deep.tokenizer(study).token_to_id(f" {name}") for name in ioi.NAMES])
+        sae, made, device = task.dictionary(after), task.text(TEXT), residual.device(task.model)
+        units = features.activation_table(task.model, made.to(device), sae.encode, after, task.skip(after))
+        tokens, rows, examples, n_ctx = made.flatten().numpy(), [], {}, made.shape[1]
+        ids = np.array(list(ioi.name_ids(task.tokenizer, ioi.NAMES).values()))
         has = (made.numpy()[:, :, None] == ids).any(1)
         for row in sets[sets.coding == FEATURES].itertuples():
             sentences = exchanged(study, 1, row.repeat, "held out", "measure", sizes.sentences)
-            codes = [sae.encode(residual.activations(model.model, each.tokens, after), row.first) for each in sentences]
+            codes = [sae.encode(residual.activations(task.model, each.tokens.to(device), after), row.first).cpu()
+                     for each in sentences]
             role_of = _positions(sentences.base)
             for rank, unit in enumerate(row.first):
                 change = (codes[1] - codes[0])[..., rank]
@@ -268,8 +269,7 @@ def meaning(study: Study, after: int) -> Meaning:
                 examples[unit] = _examples(tokens, where_, values, n_ctx)
         (out / "meaning.json").write_text(json.dumps({"table": rows, "examples": examples}))
 
-    artefact = study.store.stage(f"ioi_meaning_{after}", {"first": FIRST, "text": TEXT, "exchanges": sizes.exchanges}, make,
-                                 inputs=[model.artefact])
+    artefact = task.stage(f"meaning_{after}", _recipe(study, after) | {"first": FIRST, "text": TEXT}, make)
     found = json.loads((artefact.path / "meaning.json").read_text())
     return Meaning(pd.DataFrame(found["table"]), {int(unit): value for unit, value in found["examples"].items()})
 
@@ -284,40 +284,3 @@ def _examples(tokens: Int[np.ndarray, " n"], where_: Int[np.ndarray, " active"],
         window = slice(max(start, place - around), min(start + n_ctx, place + around // 2))
         found.append((tokens[window].tolist(), dense[window].round(3).tolist()))
     return found
-
-
-# --- numbers of sets -------------------------------------------------------------------------------------------------
-
-
-def needed(sets: pd.DataFrame) -> Float[np.ndarray, " sets"]:
-    """Directions that half of the KL takes; of a set that never gets there, which needs more, all that were patched."""
-    return np.where(sets.half.isna(), [len(kl) - 1 for kl in sets.kl], sets.half).astype(float)
-
-
-def mean_half(sets: pd.DataFrame, **draws: int) -> Interval:
-    """Mean over sets of the directions `needed`, with a bootstrap over sets."""
-    values = needed(sets)
-    return bootstrap_interval(np.stack([values, np.ones(len(values))], 1), lambda t: t[..., 0] / t[..., 1], **draws)
-
-
-def edit_at_half(sets: pd.DataFrame, **draws: int) -> Interval:
-    """Mean over those sets that get there of the edit's mean norm at half of the KL; all nan if fewer than two do."""
-    values = np.array([row.edit[int(row.half)] for row in sets.dropna(subset="half").itertuples()])
-    if len(values) < 2:
-        return Interval(np.nan, np.nan, np.nan)
-    return bootstrap_interval(np.stack([values, np.ones(len(values))], 1), lambda t: t[..., 0] / t[..., 1], **draws)
-
-
-def left_by_directions(sets: pd.DataFrame, most: int) -> Float[np.ndarray, "sets k"]:
-    """Share of the KL that is left with 0, 1, ..., `most` directions patched, a row a set; beyond a set's last, as with all."""
-    rows = [np.array(curve[:most + 1]) / max(curve[0], 1e-12) for curve in sets.kl]
-    return np.stack([np.append(row, np.full(most + 1 - len(row), row[-1])) for row in rows])
-
-
-def left_by_edit(sets: pd.DataFrame, grid: Float[np.ndarray, " sizes"]) -> Float[np.ndarray, "sets sizes"]:
-    """The least share of the KL that is left with an edit of at most each size, a row a set."""
-    rows = []
-    for row in sets.itertuples():
-        kl, edit = np.array(row.kl) / max(row.kl[0], 1e-12), np.array(row.edit)
-        rows.append([kl[edit <= size].min() for size in grid])
-    return np.array(rows)

@@ -1,14 +1,14 @@
 """What notebook 11 draws: accuracy, where the name is, and what is left of the KL as directions are patched."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_lib.study import identification
+from sae_lib.study import identification_numbers as numbers
 from sae_lib.study.diagrams import escaped
 from sae_lib.study.figures import COLOURS
 from sae_lib.study.identification import CODINGS, FEATURES, ROLES
@@ -17,11 +17,13 @@ from sae_lib.study.token_html import line_html, pieces, token_html
 COLOUR = dict(zip(CODINGS, (COLOURS[0], COLOURS[1], COLOURS[5], COLOURS[2], COLOURS[3], "#777777"), strict=True))
 DASH = dict(zip(CODINGS, ("solid", "solid", "dash", "dot", "dashdot", "dot"), strict=True))
 ALPHA = 0.15  # of bands
-TICKS = [1, 2, 5, 10, 20, 50, 100, 200]
+TICKS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 
 
-def accuracy_figure(table: pd.DataFrame) -> go.Figure:
-    """A group a kind of sentences, a marker a kind of names; hollow: the share whose likeliest token is the indirect object."""
+def accuracy_figure(table: pd.DataFrame, sentences: Mapping[str, str]) -> go.Figure:
+    """A group a kind of sentences, of which each is given in words, a marker a kind of names; hollow: the share whose likeliest
+    token is the indirect object.
+    """
     fig, kinds = go.Figure(), list(table.sentences.unique())
     for i, (names, part) in enumerate(table.groupby("names", sort=False)):
         for j, (column, said) in enumerate((("right", "likelier than the subject"), ("first", "likeliest of all tokens"))):
@@ -31,8 +33,7 @@ def accuracy_figure(table: pd.DataFrame) -> go.Figure:
                                                         "arrayminus": part[column] - part[f"{column}_low"]},
                 marker={"color": COLOURS[i], "size": 11, "symbol": ("circle", "circle-open")[j]})
     fig.add_hline(y=0.95, line={"dash": "dot", "color": "#444444"}, annotation_text="95 %", annotation_position="bottom left")
-    said = {"train": "as in training", "dev": "other ones", "held out": "held-out ones"}
-    fig.update_xaxes(tickvals=list(range(len(kinds))), ticktext=[said[kind] for kind in kinds], title="ways to say it")
+    fig.update_xaxes(tickvals=list(range(len(kinds))), ticktext=[sentences[kind] for kind in kinds], title="ways to say it")
     fig.update_yaxes(title="share of prompts", tickformat=".0%", rangemode="tozero")
     return fig.update_layout(legend={"orientation": "h", "y": -0.22, "yanchor": "top"}, height=560)
 
@@ -53,7 +54,7 @@ def curves_figure(parts: dict[str, pd.DataFrame], most: int) -> go.Figure:
     fig = make_subplots(cols=len(parts), shared_yaxes=True, horizontal_spacing=0.05, subplot_titles=list(parts))
     for col, sets in enumerate(parts.values(), start=1):
         for coding in [name for name in CODINGS if name in set(sets.coding)]:
-            found = identification.left_by_directions(sets[sets.coding == coding], most)
+            found = numbers.left_by_directions(sets[sets.coding == coding], most)
             _band(fig, np.arange(most + 1), found, coding, col)
         fig.update_xaxes(title="patched directions", row=1, col=col)
     return _left_axis(fig)
@@ -66,7 +67,7 @@ def edits_figure(parts: dict[str, pd.DataFrame]) -> go.Figure:
         grid = np.linspace(0, max(max(edit) for edit in sets.edit), 120)
         for coding in [name for name in CODINGS if name in set(sets.coding)]:
             part = sets[sets.coding == coding]
-            found = identification.left_by_edit(part, grid)
+            found = numbers.left_by_edit(part, grid)
             found[:, grid > max(max(edit) for edit in part.edit)] = np.nan
             _band(fig, grid, found, coding, col)
         fig.update_xaxes(title="size of the edit (mean norm at a position)", row=1, col=col)

@@ -1,7 +1,7 @@
 """Kinds of dictionaries, what makes each of them sparse, and the learning rate that suits each. What notebook 10 compares."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -81,7 +81,7 @@ def rate_trials(study: Study) -> Artefact:
 
     def make(out: Path, checkpoint: Path) -> None:
         harvest = Harvest.of(study.stream("A", base.batch_size), base.n_activations)
-        paths.write_json(out / "rates.json", [kept(checkpoint / f"{kind}-{lr:g}.json", partial(trial, kind, lr, harvest))
+        paths.write_json(out / "rates.json", [paths.kept(checkpoint / f"{kind}-{lr:g}.json", partial(trial, kind, lr, harvest))
                                               for kind in KINDS for lr in sizes.rates])
 
     def trial(kind: str, lr: float, harvest: Harvest) -> dict:
@@ -112,13 +112,6 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
 def best_rates(table: pd.DataFrame) -> dict[str, float]:
     """The learning rate with the smallest objective of those that are compared, by kind."""
     return {kind: float(part.loc[part.objective.idxmin(), "lr"]) for kind, part in compared(table).groupby("kind", sort=False)}
-
-
-def kept(path: Path, make: Callable[[], dict]) -> dict:
-    """What `make` gives, made once: it survives an interruption in the checkpoint folder."""
-    if not path.exists():
-        paths.write_json(path, make())
-    return paths.read_json(path)
 
 
 def control_for(wanted: float, controls: Sequence[float], l0: Sequence[float]) -> float:

@@ -6,14 +6,13 @@ its own tokenizer, its own special tokens and, as a rule, positions whose activa
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from jaxtyping import Bool
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -29,7 +28,9 @@ from sae_lib.proxies import token_bytes
 from sae_lib.sae import SAE, SAEConfig
 from sae_lib.study import deep, paths
 from sae_lib.study.artefacts import Artefact
+from sae_lib.study.hub_folders import dictionary_folder, model_folder
 from sae_lib.study.pipeline import Study, spread
+from sae_lib.study.profiles import OwnSizes
 from sae_lib.tokens import TokenData
 from sae_lib.train import train_sae
 from sae_lib.transformer import Transformer, load_pretrained
@@ -37,9 +38,6 @@ from sae_lib.transformer import Transformer, load_pretrained
 NORM_CONTEXTS = 64  # contexts that norms are looked at in
 SINK = 10  # times the median norm; what is longer is a sink
 MIN_USED = 5  # times that a token occurs in the training text before anything is said of its logit
-ROOT_FILES = ("*.json", "*.safetensors", "*.txt")
-# The base of the hub's error is that of whichever HTTP client it uses; a name that cannot be one is a ValueError.
-HUB_ERRORS = (OSError, ValueError, HfHubHTTPError.__bases__[0])
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,9 @@ class Own:
 
     name: str
     """"the study's deep model", or what the user asked for."""
+    sizes: OwnSizes
     model: Transformer
+    tokenizer: Tokenizer
     vocabulary: list[bytes]
     """The bytes of every token of the model, by id; none for special and unused ones."""
     contexts: Tensor
@@ -58,6 +58,8 @@ class Own:
     domains: list[str]
     special: tuple[int, ...]
     """Ids of special tokens."""
+    begin: int
+    """That of them which its texts begin with."""
     inputs: tuple[Artefact, ...]
     fingerprint: str
     folder: Path | None
@@ -70,86 +72,37 @@ class Own:
         return (counts >= MIN_USED) & torch.tensor([bool(token) for token in self.vocabulary])
 
 
-# --- from the hub ----------------------------------------------------------------------------------------------------
-
-def fetch(repo: str, patterns: list[str], ignore: list[str], what: str) -> Path:
-    """The folder below data/hub with some files of a repository of the Hugging Face hub, downloaded once.
-
-    Raises StudyError if there is none, or no network.
-    """
-    folder = paths.data() / "hub" / "repositories" / repo.replace("/", "--")
-    done = folder / f".{paths.digest([patterns, ignore])[:12]}.done"
-    if not done.exists():
-        try:
-            snapshot_download(repo, allow_patterns=patterns, ignore_patterns=ignore, local_dir=folder)
-        except HUB_ERRORS as error:
-            raise StudyError(f"{what} is neither a folder nor could it be downloaded ({type(error).__name__}); check the name, "
-                             "or run this once with a network.") from error
-        paths.write_atomic(done, "")
-    return folder
-
-
-def _folder(name: str) -> Path | None:
-    """The folder of this name, if it is there: seen from the working directory or from the study's own folder."""
-    places = (Path(name).expanduser(), paths.root() / name)
-    return next((place.resolve() for place in places if place.is_dir()), None)
-
-
-def _model_folder(name: str) -> Path:
-    """The folder of a model in Hugging Face's layout: one that is there, or one of the hub."""
-    if found := _folder(name):
-        return found
-    repo = name.removeprefix("hf:")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith("."):
-        raise StudyError(f"There is no folder {name}; give MODEL a folder with a model, or the name of one on the hub.")
-    return fetch(repo, list(ROOT_FILES), ["*/*"], f"The model '{name}'")
-
-
-def _dictionary_folder(source: str) -> Path:
-    """The folder of a dictionary: one that is there, or hf:OWNER/NAME/path/in/repository."""
-    if not source.startswith("hf:"):
-        if found := _folder(source):
-            return found
-        raise StudyError(f"There is no folder {source}; give DICTIONARY a folder with a dictionary, or hf:OWNER/NAME/path.")
-    owner, _, rest = source.removeprefix("hf:").strip("/").partition("/")
-    name, _, inside = rest.partition("/")
-    if not name:
-        raise StudyError(f"'{source}' names no repository; write hf:OWNER/NAME/path/in/repository.")
-    # The folder itself, and beside it the configuration of the run.
-    patterns = [f"{inside}/*", f"{Path(inside).parent}/config.json", "config.json"] if inside else ["*"]
-    return fetch(f"{owner}/{name}", patterns, [f"{inside}/*/*" if inside else "*/*"], f"The dictionary '{source}'") / inside
-
-
 # --- the model and its text ------------------------------------------------------------------------------------------
 
-def open_model(study: Study, name: str = "") -> Own:
+def open_model(study: Study, name: str = "", sizes: OwnSizes | None = None, device: torch.device | str = "cpu") -> Own:
     """The model: "" is the study's own of several layers, else a folder in Hugging Face's layout or a name of the hub.
 
-    The corpus is tokenised anew by the model's tokenizer. Raises StudyError if there is no such model, or it has no tokenizer.
+    The corpus is tokenised anew by the model's tokenizer, by the profile's sizes for notebook 13 unless told. Raises StudyError
+    if there is no such model, or it has no tokenizer.
     """
-    sizes = study.profile.own
+    sizes = sizes or study.profile.own
     if not name:
         trained = deep.transformer(study)
         vocabulary = study.vocabulary + [b""] * (trained.model.cfg.d_vocab - len(study.vocabulary))
         data, inputs = study.tokens, (trained.artefact, study.tokens_artefact)
-        return Own("the study's deep model", trained.model, vocabulary, deep.contexts(study),
+        return Own("the study's deep model", sizes, trained.model, data.tokenizer, vocabulary, deep.contexts(study),
                    *(spread(data, split, sizes.held_out_contexts) for split in ("validation", "test")), data.domains,
-                   (ActivationStream.END_OF_TEXT,), inputs, "", None)
-    folder = _model_folder(name)
+                   (ActivationStream.END_OF_TEXT,), ActivationStream.END_OF_TEXT, inputs, "", None)
+    folder = model_folder(name)
     tokenizer, begin = _tokenizer(folder)
-    model = load_pretrained(str(folder))
-    artefact = _tokens(study, tokenizer, begin, min(sizes.n_ctx, model.cfg.n_ctx))
+    model = load_pretrained(str(folder), device)
+    artefact = _tokens(study, tokenizer, begin, sizes.n_tokens, min(sizes.n_ctx, model.cfg.n_ctx))
     data, vocabulary = TokenData.open(artefact.path), token_bytes(tokenizer)
     if len(vocabulary) > model.cfg.d_vocab:
         raise StudyError(f"The tokenizer in {folder} has {len(vocabulary)} tokens and the model {model.cfg.d_vocab}; take "
                          "the tokenizer that the model was trained with.")
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     files = [file for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors", ".bin")]
-    return Own(name, model, vocabulary + [b""] * (model.cfg.d_vocab - len(vocabulary)),
+    return Own(name, sizes, model, tokenizer, vocabulary + [b""] * (model.cfg.d_vocab - len(vocabulary)),
                torch.from_numpy(data.contexts("train").astype(np.int32)),
                *(spread(data, split, sizes.held_out_contexts) for split in ("validation", "test")), data.domains,
-               tuple(sorted(special | {begin})), (artefact,), paths.digest({file.name: paths.sha256(file) for file in files}),
-               folder)
+               tuple(sorted(special | {begin})), begin, (artefact,),
+               paths.digest({file.name: paths.sha256(file) for file in files}), folder)
 
 
 def _tokenizer(folder: Path) -> tuple[Tokenizer, int]:
@@ -168,9 +121,9 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer, int]:
     return tokenizer, known[0]
 
 
-def _tokens(study: Study, tokenizer: Tokenizer, begin: int, n_ctx: int) -> Artefact:
+def _tokens(study: Study, tokenizer: Tokenizer, begin: int, n_tokens: int, n_ctx: int) -> Artefact:
     """A slice of the study's corpus in another tokenizer's tokens, split by document like the whole."""
-    text = replace(study.profile.corpus, target_tokens=study.profile.own.n_tokens)
+    text = replace(study.profile.corpus, target_tokens=n_tokens)
     config = replace(study.profile.tokens, vocab_size=tokenizer.get_vocab_size(), n_ctx=n_ctx)
 
     def make(out: Path, _: Path) -> None:
@@ -197,11 +150,13 @@ def held_out_loss(own: Own, **draws: int) -> dict[str, Interval]:
 
 # --- sinks -----------------------------------------------------------------------------------------------------------
 
-def norms(own: Own) -> dict[int, Tensor]:
-    """Length of the residual stream after each number of layers, in some held-out contexts: {after: [n_contexts, n_ctx]}."""
-    contexts = own.validation.contexts[:NORM_CONTEXTS].long()
+def norms(own: Own, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
+    """Length of the residual stream after some numbers of layers (None: after each), in some held-out contexts: {after:
+    [n_contexts, n_ctx]}.
+    """
+    contexts = own.validation.contexts[:NORM_CONTEXTS].long().to(residual.device(own.model))
     return {after: torch.cat([residual.activations(own.model, few, after).float().norm(dim=-1) for few in contexts.split(16)])
-            for after in range(own.model.cfg.n_layers + 1)}
+            for after in (range(own.model.cfg.n_layers + 1) if layers is None else layers)}
 
 
 def skip_for(own: Own, lengths: Tensor) -> Skip:
@@ -228,9 +183,12 @@ def skipped(own: Own, after: int, skip: Skip) -> pd.Series:
 # --- the dictionary --------------------------------------------------------------------------------------------------
 
 def stream(study: Study, own: Own, after: int, skip: Skip, batch_size: int) -> ActivationStream:
-    """Training activations of the residual stream; another's model is loaded a second time where there is a GPU to harvest on."""
+    """Training activations of the residual stream, harvested on the GPU if there is one: where another's model is not there yet,
+    it is loaded a second time.
+    """
     device, n_ctx = best_device(), own.contexts.shape[1]
-    model = own.model if own.folder is None or device.type == "cpu" else load_pretrained(str(own.folder), device)
+    there = own.folder is None or residual.device(own.model) == device
+    model = own.model if there else load_pretrained(str(own.folder), device)
     kept = max(1, n_ctx - max(8, 2 * skip.first))  # room for what is left out
     config = StreamConfig(tokens_per_context=kept, chunk_contexts=study.profile.stream.chunk_contexts, seed=2 * study.seed)
     return ActivationStream(model, own.contexts, batch_size, config, device=device, after=after, skip=skip)
@@ -243,16 +201,23 @@ def dictionary(study: Study, own: Own, after: int, skip: Skip, source: str = "")
     Raises StudyError if there is none, or if it is of another width than the residual stream.
     """
     if source:
-        sae, wanted = SAE.load(_dictionary_folder(source)), residual.width(own.model, after)
+        sae, wanted = SAE.load(dictionary_folder(source)), residual.width(own.model, after)
         if sae.config.d_in != wanted:
             raise StudyError(f"The dictionary reads {sae.config.d_in} numbers and the residual stream of {own.name} has "
                              f"{wanted}: give a dictionary of this model, or another MODEL.")
         return sae
     if own.folder is None:
         return deep.dictionary(study, after).model
-    train = replace(study.profile.deep.dictionary, seed=study.seed, n_activations=study.profile.own.n_activations)
+    sizes = study.profile.deep
+    return trained(study, own, after, skip, sizes.dictionary.l1_coefficient, sizes.expansion)
+
+
+def trained(study: Study, own: Own, after: int, skip: Skip, l1_coefficient: float, expansion: int) -> SAE:
+    """A dictionary of so many features per dimension that is trained here, by the recipe of those on the study's own models."""
+    train = replace(study.profile.deep.dictionary, seed=study.seed, n_activations=own.sizes.n_activations,
+                    l1_coefficient=l1_coefficient)
     d_in = residual.width(own.model, after)
-    config = SAEConfig(d_in, study.profile.deep.expansion * d_in, study.seed, own.name, residual.hook_name(own.model, after),
+    config = SAEConfig(d_in, expansion * d_in, study.seed, own.name, residual.hook_name(own.model, after),
                        own.contexts.shape[1])
 
     def make(out: Path, checkpoint: Path) -> None:

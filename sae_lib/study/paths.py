@@ -97,6 +97,13 @@ def read_json(path: Path) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
+def kept(path: Path, make: Callable[[], dict]) -> dict:
+    """What `make` gives, made once: in a checkpoint folder it survives an interruption."""
+    if (found := read_json(path)) is None:
+        write_json(path, make())
+    return found or read_json(path)
+
+
 def is_disk_full(error: BaseException, folder: Path) -> bool:
     """Whether `error` comes from a full disk, quota or file-size limit; numpy and safetensors lose the errno on the way."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
