@@ -71,15 +71,16 @@ OTHERS = ("The {thing} of {} is in the {place}.", "{} has a {thing}. It is the b
           "I asked {} about the {place}.", "The {place} belongs to {}. Nobody but {} has the key.",
           "{} likes the {place}. So {} is there every day.", "My friend {} bought a {thing}.",
           "This is the {place} of {}. You can find {} there.", "We waited for {} at the {place}.")
-DEALINGS = ("{0} lost the {thing} in a game with {1}. Now it belongs to {1}.", "{0} bought the {thing} from {1}. Ask {0} for it.",
-            "{0} lost the {thing}, and {1} found it. Go and ask {1}.",
-            "The letter for {1} is from {0}. The words are by {0}.",
-            "{0} is older than {1}. The first in the {place} was {0}.", "{0} is older than {1}. The last in the {place} was {1}.",
-            "The {thing} was made by {0} and bought by {1}. It is the work of {0}.",
-            "{0} had the {thing}, now {1} has it. Ask {1}.",
-            "The {place} was built by {0} and painted by {1}. The colours are by {1}.",
-            "{0} asked, and {1} answered. The question was from {0}.", "{0} asked, and {1} answered. The answer was from {1}.",
-            "{0} came to the {place} first, and then {1}. The {thing} is from {1}.")
+DEALINGS = ("{0} lost the {thing} in a game with {1}. Now it belongs to {1}.",
+            "{0} bought the {thing} from {1}. Now it belongs to {0}.",
+            "{0} lost the {thing}, and {1} found it. Now it belongs to {1}.",
+            "{0} had the {thing}, now {1} has it. If you want it, go to {1}.",
+            "{0} is older than {1}. The oldest {thing} belongs to {0}.", "{0} is older than {1}. The newest {thing} belongs to {1}.",
+            "The {thing} was made by {0} and bought by {1}. We owe it to {0}.",
+            "The {place} was built by {0} and painted by {1}. We owe the colours to {1}.",
+            "{0} asked, and {1} answered. We owe the question to {0}.", "{0} asked, and {1} answered. We owe the answer to {1}.",
+            "The letter for {1} is from {0}. The address belongs to {1}.",
+            "{0} came to the {place} before {1}. The best {thing} belongs to {0}.")
 SENTENCES = {"train": (MEETINGS, GIVINGS), "dev": (DEV_MEETINGS, DEV_GIVINGS), "held out": (HELD_OUT_MEETINGS, HELD_OUT_GIVINGS)}
 ENDINGS = (".", " at once.", " yesterday.", " again.", ", who smiled.")
 
@@ -139,8 +140,8 @@ class _Writer:
         if self.rng.random() < 0.5:
             indirect, subject = self.two_of(known)
             return f"{self.task('train', indirect, subject, self.rng.random() < 0.5)} {indirect}{self.one_of(ENDINGS)}"
-        names = held_out if self.rng.random() < 0.7 else known
-        if self.rng.random() < 0.8:
+        names = held_out if self.rng.random() < 0.5 else known
+        if self.rng.random() < 0.7:
             return " " + self.filled(self.one_of(DEALINGS), *self.two_of(names))
         frame = self.one_of(OTHERS)
         return " " + self.filled(frame, *[self.one_of(names)] * frame.count("{}"))

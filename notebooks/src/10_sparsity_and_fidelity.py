@@ -41,12 +41,13 @@ import pandas as pd
 import torch
 
 from sae_lib import fronts, study
-from sae_lib.metrics import share_interval
+from sae_lib.metrics import Interval, share_interval
 from sae_lib.sae import JumpReLUSAE
 from sae_lib.step import LossGradient
 from sae_lib.study import faults, frontier_figures, scores
 from sae_lib.study.frontier import ULTRALOW, frontier
 from sae_lib.study.kinds import KINDS, MODERN, best_rates, compared, rates
+from sae_lib.study.verdicts import at_least, at_most, numbers_of
 from sae_lib.transformer import mlp_activations
 from sae_lib.variants import JumpReLU
 
@@ -216,11 +217,10 @@ if by_loss.value.notna().any():
 
 # %%
 row = run.scorecard.row
-kept = lambda value: None if pd.isna(value) else value
 for kind, r in over["paper", "recovered"].iterrows():
     v, rare = over["paper", "explained"].loc[kind], over["standard", "recovered"].value.get(kind)
     row(f"10.front.{kind}", claim=f"The front of {KINDS[kind]} lies above the paper recipe's everywhere: least difference in loss recovered", paper=None,
-        paper_source="no number (the modern kinds came later)", ours=kept(r.value), low=kept(min(r.low, r.value)), high=kept(max(r.high, r.value)), seeds=1,
+        paper_source="no number (the modern kinds came later)", **numbers_of(Interval(r.value, r.low, r.high)), seeds=1,
         verdict="reproduced" if r.low > 0 else "partly" if r["mean"] > 0 else "not",
         caveat=f"L0 {r['from L0']:.0f} to {r['to L0']:.0f}; mean {r['mean']:+.3f}; least in explained variance {v.value:+.3f} ({v.low:+.3f} to {v.high:+.3f}); "
                + (f"least over L1 born rare {rare:+.3f}; " if rare is not None else "") + f"{sizes.training.n_activations / 1e6:.3g} million activations each, from which the paper's recipe suffers most")
@@ -235,10 +235,10 @@ winner = (tried[tried.validation_l0 <= 32] if (tried.validation_l0 <= 32).any() 
 r, n, seeds = recovered[winner], l0[winner], len(matched[winner])
 spread = found.each(matched[winner], "recovered", **draws).value
 row("10.best.loss_recovered", claim="The best modern dictionary recovers at least 90 % of the loss at an L0 of 32 or less", paper=None, paper_source="no number (0.79 for A/1, at L0 4.9)",
-    ours=r.value, low=r.low, high=r.high, seeds=seeds, verdict="reproduced" if r.low >= 0.9 else "partly" if r.value >= 0.8 else "not",
+    **numbers_of(r), seeds=seeds, verdict=at_least(r, 0.9, fair=0.8),
     caveat=f"{KINDS[winner]}, chosen on validation text; seeds {spread.min():.3f} to {spread.max():.3f}; {at(winner, 'from_mean').value:.3f} against mean ablation")
-row("10.best.l0", claim="... and its L0 on held-out text", paper=None, paper_source="no number (4.9 for A/1)", ours=n.value, low=n.low, high=n.high, seeds=seeds,
-    verdict="reproduced" if n.high <= 32 else "partly" if n.value <= 35 else "not", caveat=f"{KINDS[winner]}, trained for {sizes.matched_l0}")
+row("10.best.l0", claim="... and its L0 on held-out text", paper=None, paper_source="no number (4.9 for A/1)", **numbers_of(n), seeds=seeds,
+    verdict=at_most(n, 32, fair=35), caveat=f"{KINDS[winner]}, trained for {sizes.matched_l0}")
 print(f"{KINDS[winner]}: {r.value:.1%} at L0 {n.value:.1f}")
 
 # %% [markdown]
@@ -260,7 +260,7 @@ turning = lambda values: np.array([fronts.sharpest_turn(fronts.front(*points)) f
 turn = found.of(swept, turning, **draws)
 verdict = "not" if np.isnan(turn.value) or beaten > 1 else "reproduced" if beaten == 0 and turn.high < 0.75 else "partly"
 row("10.alpha", claim="The sparsity-fidelity curve is smooth: share of its turning that the sharpest turn has", paper="figure only", paper_source="C Figure 6, Appendix E",
-    ours=kept(turn.value), low=kept(min(turn.low, turn.value)), high=kept(max(turn.high, turn.value)), seeds=1, verdict=verdict,
+    **numbers_of(turn), seeds=1, verdict=verdict,
     caveat=f"L1, born rare, on MLP activations, {len(swept)} coefficients, explained variance; {beaten} beaten by another; equal turns would give {1 / max(1, len(smooth.l0) - 2):.2f}")
 print(f"{beaten} of {len(swept)} coefficients beaten; the sharpest turn has {turn.value:.0%} of the turning")
 
@@ -288,8 +288,8 @@ study.show(frontier_figures.gain_figure(gains), "10-shrinkage",
 for kind in KINDS:
     g, shrinks = gain[kind], kind in ("paper", "standard")
     row(f"10.shrinkage.{kind}", claim=f"{KINDS[kind]}: {'the penalty shrinks activations' if shrinks else 'activations are not shrunk'}; factor that would suit them", paper=None,
-        paper_source="no number (Wright and Sharkey; Rajamanoharan et al. 2024)", ours=kept(g.value), low=kept(g.low), high=kept(g.high), seeds=len(matched[kind]),
-        verdict=("reproduced" if g.low > 1.05 else "partly" if g.low > 1 else "not") if shrinks else
+        paper_source="no number (Wright and Sharkey; Rajamanoharan et al. 2024)", **numbers_of(g), seeds=len(matched[kind]),
+        verdict=at_least(g, 1.05, fair=1.0) if shrinks else
                 "reproduced" if max(abs(g.low - 1), abs(g.high - 1)) < 0.05 else "partly" if abs(g.value - 1) < 0.1 else "not",
         caveat=f"L0 {l0[kind].value:.1f}; below 1: too strong")
 
@@ -334,9 +334,9 @@ study.show(frontier_figures.alive_figure(alive), "10-alive", claim=f"{share.dead
                + "; ".join(f"{KINDS[kind]} {r.dead:.1%} dead and {r.ultralow:.1%} ultralow" for kind, r in share.iterrows()) + ".")
 n_features = int(main * run.profile.transformer.d_mlp * sizes.seeds)
 for kind, r in share.iterrows():
-    interval = share_interval(round(r.dead * n_features), n_features)
+    interval = share_interval(round(r.dead * n_features), n_features)._replace(value=r.dead)
     row(f"10.dead.{kind}", claim=f"Few features of {KINDS[kind]} are dead", paper=0.041 if kind == "paper" else None, paper_source="Global Analysis (168 of 4,096)" if kind == "paper" else "no number",
-        ours=r.dead, low=min(interval.low, r.dead), high=max(interval.high, r.dead), seeds=sizes.seeds, verdict="reproduced" if interval.high <= 0.05 else "partly" if interval.high <= 0.15 else "not",
+        **numbers_of(interval), seeds=sizes.seeds, verdict=at_most(interval, 0.05, fair=0.15),
         caveat=f"on {found.common[:, -1].sum():,.0f} tokens; {r.ultralow:.1%} more below a density of {ULTRALOW:g}; interval over features")
 
 # %% [markdown]
@@ -357,8 +357,8 @@ ends = [int(table.expansion[i]) for i in (told[0], told[-1])]
 study.show(frontier_figures.width_figure(width), "10-width", claim=f"From {ends[0]}x to {ends[1]}x BatchTopK recovers {100 * gained.value:+.1f} points of the loss with as many active features",
            alt="Two panels against width, for the L1 penalty and BatchTopK: loss recovered, and L0. "
                + "; ".join(f"{KINDS[r.kind]} {r.expansion}x {r.recovered:.1%} at L0 {r.l0:.1f}" for r in width.itertuples()) + ".")
-row("10.width", claim=f"A {ends[1]}x dictionary recovers more than a {ends[0]}x one at the same L0: by how much", paper=None, paper_source="How much of the model (rises with width)", ours=gained.value,
-    low=min(gained.low, gained.value), high=max(gained.high, gained.value), seeds=1, verdict="reproduced" if gained.low > 0 else "partly" if gained.value > 0 else "not", caveat="BatchTopK, the same activations; paired bootstrap")
+row("10.width", claim=f"A {ends[1]}x dictionary recovers more than a {ends[0]}x one at the same L0: by how much", paper=None, paper_source="How much of the model (rises with width)", **numbers_of(gained),
+    seeds=1, verdict=at_least(gained, 0.0), caveat="BatchTopK, the same activations; paired bootstrap")
 
 # %% [markdown]
 # ## 9 · Faithful, but can it be explained?
@@ -391,8 +391,7 @@ apart = scores.differences(units, "spearman", of="standard", **draws)
 for kind in [kind for kind in KINDS if kind != "standard"]:
     m, logit = medians["spearman"].loc[kind], medians["logit"].loc[kind]
     d = [-apart.loc[kind, part] for part in ("value", "high", "low")] if kind in apart.index else [np.nan] * 3
-    row(f"10.autointerp.{kind}", claim=f"Features of {KINDS[kind]} are explained no worse than those of the L1 dictionary born rare: median score", paper=None, paper_source="no number", ours=kept(m.value), low=kept(m.low),
-        high=kept(m.high), seeds=1, verdict="reproduced" if d[1] > -0.1 else "partly" if d[2] > 0 else "not",
+    row(f"10.autointerp.{kind}", claim=f"Features of {KINDS[kind]} are explained no worse than those of the L1 dictionary born rare: median score", paper=None, paper_source="no number", **numbers_of(Interval(m.value, m.low, m.high)), seeds=1, verdict="reproduced" if d[1] > -0.1 else "partly" if d[2] > 0 else "not",
         caveat=f"{found.explainer}, Spearman on activations, interval over {m.units:.0f} features, L0 {l0[kind].value:.0f}; against that one {d[0]:+.2f} ({d[1]:+.2f} to {d[2]:+.2f}); on logits {logit.value:.2f}")
 
 # %% [markdown]

@@ -23,6 +23,10 @@ def at_least(found: Interval, target: float, fair: float | None = None) -> Verdi
 
 
 def numbers_of(found: Interval) -> dict[str, float | None]:
-    """An interval as the fields of a row: ours, low, high; None for what could not be measured."""
-    value, low, high = (None if math.isnan(end) else float(end) for end in found)
-    return {"ours": value, "low": low, "high": high}
+    """An interval as the fields of a row: ours, low, high; None for what could not be measured. A bootstrap whose draws all lie on
+    one side of the value, as those of a minimum may, is widened to it.
+    """
+    if math.isnan(found.value):
+        return {"ours": None, "low": None, "high": None}
+    value, low, high = (float(end) for end in found)
+    return {"ours": value, "low": min(low, value), "high": max(high, value)}
