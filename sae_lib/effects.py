@@ -30,6 +30,12 @@ LOGIT_ROWS = 256  # positions whose logits are in memory together
 # --- logits ----------------------------------------------------------------------------------------------------------
 
 
+def used_tokens(tokens: Int[np.ndarray, " n"], vocabulary: Vocabulary, at_least: int) -> Bool[Tensor, " d_vocab"]:
+    """Tokens that are text, not special, and occur so often in the training text that their logits were trained."""
+    is_text = np.array([bool(token) for token in vocabulary])
+    return torch.from_numpy((np.bincount(tokens, minlength=len(vocabulary)) >= at_least) & is_text)
+
+
 @torch.no_grad()
 def logit_weights(model: Transformer, directions: Float[Tensor, "n d_in"], used: Bool[Tensor, " d_vocab"] | None = None,
                   of_residual: bool = False) -> Float[Tensor, "n d_vocab"]:

@@ -136,6 +136,8 @@ class Run:
         outcome = paths.read_json(result) if process.returncode == 0 else None
         made = paths.receipts(receipts)
         produced = {
+            # Of a notebook that keeps what it makes apart from the study's.
+            "folder": next((item["folder"] for item in made if item.get("folder", str(self.figures)) != str(self.figures)), ""),
             "figures": {item["name"]: item["sha256"] for item in made if item["event"] == "figure"},
             "rows": {item["id"]: item["sha256"] for item in made if item["event"] == "row"},
             "artefacts": {item["name"]: {"key": item["key"], "source": item["source"]}
@@ -189,7 +191,7 @@ class Run:
 
     def _missing(self, job: Job, produced: dict) -> str | None:
         absent = [f"figure {name}" for name in job.outputs.figures
-                  if name not in produced["figures"] or not (self.figures / f"{name}.json").exists()]
+                  if name not in produced["figures"] or not (Path(produced["folder"] or self.figures) / f"{name}.json").exists()]
         absent += [f"scorecard row {id}" for id in job.outputs.rows if id not in produced["rows"]]
         return f"It ran to its end but did not make {', '.join(absent)}, which its code declares." if absent else None
 
