@@ -163,4 +163,5 @@ def _display(plot: dict, entry: dict) -> None:
         return
     if get_ipython() is not None:
         bundle = {MIMETYPE: plot | {"config": CONFIG}, "text/plain": f"Figure {entry['name']}: {entry['claim']} {entry['alt']}"}
-        display(bundle, raw=True, metadata={MIMETYPE: {"figure": entry["name"], "alt": entry["alt"], "sha256": entry["sha256"]}})
+        about = {"figure": entry["name"], "alt": entry["alt"], "sha256": entry["sha256"]}
+        display(bundle, raw=True, metadata={MIMETYPE: about})

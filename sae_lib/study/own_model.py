@@ -88,8 +88,8 @@ class Outputs(NamedTuple):
 
 
 def outputs(study: Study, model: str, after: int, dictionary: str) -> Outputs:
-    """Of the study's own model, layer and dictionary: the study's figures and scorecard. Of any other: a folder for these alone,
-    data/runs/PROFILE/own/NAME, so that the study's stay what they are.
+    """Of the study's own model, layer and dictionary: the study's figures and scorecard. Of any other: a folder for these
+    alone, data/runs/PROFILE/own/NAME, so that the study's stay what they are.
     """
     asked, profile = (model, after, dictionary), study.profile.name
     words = (short_name(model) or "study", f"after-{after}", short_name(dictionary), paths.digest(asked)[:6])

@@ -190,8 +190,9 @@ class Run:
         return None
 
     def _missing(self, job: Job, produced: dict) -> str | None:
+        figures = Path(produced["folder"] or self.figures)
         absent = [f"figure {name}" for name in job.outputs.figures
-                  if name not in produced["figures"] or not (Path(produced["folder"] or self.figures) / f"{name}.json").exists()]
+                  if name not in produced["figures"] or not (figures / f"{name}.json").exists()]
         absent += [f"scorecard row {id}" for id in job.outputs.rows if id not in produced["rows"]]
         return f"It ran to its end but did not make {', '.join(absent)}, which its code declares." if absent else None
 
