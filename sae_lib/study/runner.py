@@ -213,7 +213,9 @@ class Run:
         }
         if not self.corpus.source.startswith("hf:"):
             fixed |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        return {"OMP_NUM_THREADS": str(environment.cpus())} | processes.environment() | fixed
+        # Threads that spin while they wait take the cores from others at work, and then wait several times as long themselves.
+        threads = {"OMP_NUM_THREADS": str(environment.cpus()), "OMP_WAIT_POLICY": "PASSIVE"}
+        return threads | processes.environment() | fixed
 
     def _warn_stale(self) -> None:
         stale = {path.stem for path in notebooks.build(check=True)}
