@@ -107,7 +107,8 @@ def test_what_a_notebook_keeps_apart_touches_nothing_of_the_study(study):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     other = {"parameters": (("MODEL", str(mine)),), "seed": 5}
-    assert go(**other)[0] == 0 and states(study) == {"02_title": "ran"}
+    status, said = go(**other)
+    assert status == 0 and states(study) == {"02_title": "ran"} and "lie apart, in mine" in said
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert list(figures.read_index(mine)) == ["02-bars"] and len(Scorecard(mine / "results.json", seed=5).table()) == 1
     executed = study / "data" / "runs" / "workshop" / "02_title.ipynb"
