@@ -95,8 +95,8 @@ class Run:
         try:
             produced = self._execute(job, meter)
             state = "ran"
-            if produced["folder"]:
-                self.say(f"{job.name}: its figures and rows lie apart, in {_short(Path(produced['folder']))}")
+            if folder := produced.get("folder"):
+                self.say(f"{job.name}: its figures and rows lie apart, in {_short(Path(folder))}")
         except _Failed as failure:
             state, produced = "failed", {"error": str(failure)}
             self.say(f"{job.name}: {failure}")
