@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from scipy.sparse import csc_array
 from torch import Tensor
 
@@ -28,6 +28,12 @@ from sae_lib.transformer import MlpEdit, Transformer, before_last_mlp, logits, m
 LOGIT_ROWS = 256  # positions whose logits are in memory together
 
 # --- logits ----------------------------------------------------------------------------------------------------------
+
+
+def used_tokens(tokens: Integer[np.ndarray, " n"], vocabulary: Vocabulary, at_least: int) -> Bool[Tensor, " d_vocab"]:
+    """Tokens that are text, not special, and occur so often in the training text that their logits were trained."""
+    is_text = np.array([bool(token) for token in vocabulary])
+    return torch.from_numpy((np.bincount(tokens, minlength=len(vocabulary)) >= at_least) & is_text)
 
 
 @torch.no_grad()

@@ -32,6 +32,11 @@ class Text(NamedTuple):
     def first(self, n_contexts: int) -> "Text":
         return Text(*(values[:n_contexts] for values in self))
 
+    def spread(self, n_contexts: int) -> "Text":
+        """At most so many contexts, every few of the text."""
+        few = max(1, -(-len(self.contexts) // n_contexts))
+        return Text(*(values[::few] for values in self))
+
 
 class HeldOut(NamedTuple):
     """Values per token [tokens] and firing counts, without end-of-text and each context's last token, which predicts nothing."""

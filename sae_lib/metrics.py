@@ -194,10 +194,8 @@ def bootstrap_interval(document_sums: np.ndarray, statistic: Callable[[np.ndarra
 
     Raises StudyError if there are fewer than two documents.
     """
-    n = len(document_sums)
-    if n < 2:
-        raise StudyError(f"An interval needs at least two documents and there are {n}; use more held-out text.")
-    rng, sums = numpy_generator(seed, "bootstrap"), np.asarray(document_sums, dtype=np.float64)
+    sums = _drawable(document_sums)
+    rng, n = numpy_generator(seed, "bootstrap"), len(sums)
     chunk = max(1, 20_000_000 // n)  # draws at once: some 160 MB of weights
     totals = [rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, n_boot - start)) @ sums
               for start in range(0, n_boot, chunk)]
@@ -206,6 +204,15 @@ def bootstrap_interval(document_sums: np.ndarray, statistic: Callable[[np.ndarra
         return Interval(float(statistic(sums.sum(0))), np.nan, np.nan)
     low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(sums.sum(0))), float(low), float(high))
+
+
+def mean_interval(values: Float[np.ndarray, " n"], n_boot: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+    """The mean of values that are independent of each other, with its bootstrap interval: of prompts, exchanges, places.
+
+    Raises StudyError if there are fewer than two.
+    """
+    sums = np.stack([values, np.ones(len(values))], axis=1)
+    return bootstrap_interval(sums, lambda t: t[..., 0] / t[..., 1], n_boot, seed, level)
 
 
 def half_sample_interval(document_sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], n_boot: int = 1000,
@@ -221,12 +228,18 @@ def half_sample_interval(document_sums: np.ndarray, statistic: Callable[[np.ndar
 
     Raises StudyError if there are fewer than two documents.
     """
-    n = len(document_sums)
-    if n < 2:
-        raise StudyError(f"An interval needs at least two documents and there are {n}; use more held-out text.")
-    rng, sums, kept = numpy_generator(seed, "halves"), np.asarray(document_sums, dtype=np.float64), n // 2
+    sums = _drawable(document_sums)
+    rng, n, kept = numpy_generator(seed, "halves"), len(sums), len(sums) // 2
     chosen = rng.permuted(np.tile(np.arange(n) < kept, (n_boot, 1)), axis=1)
     halves, value, left_out = statistic(chosen @ sums), float(statistic(sums.sum(0))), n / kept - 1
     centre = np.nanmean(halves)
     low, high = (np.nanquantile(halves, [(1 - level) / 2, (1 + level) / 2]) - centre) / math.sqrt(left_out)
     return Interval(value, value + min(0.0, float(low)), value + max(0.0, float(high))), float((centre - value) / left_out)
+
+
+def _drawable(sums: np.ndarray) -> np.ndarray:
+    """Sums as float64, a row each of what is drawn; raises StudyError unless there are two."""
+    if len(sums) < 2:
+        raise StudyError(f"An interval needs at least two independent samples, such as documents, and there are {len(sums)}; "
+                         "use more held-out text, or draw more.")
+    return np.asarray(sums, dtype=np.float64)

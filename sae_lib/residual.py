@@ -151,9 +151,9 @@ def unembed(model: Transformer, resid: Float[Tensor, "*batch d_model"]) -> Float
 def next_token_log_probabilities(model: Transformer, tokens: Int[Tensor, "batch pos"], at: Int[Tensor, " batch"],
                                  edits: dict[str, ResidualEdit | None], after: int) -> dict[str, Float[Tensor, "batch d_vocab"]]:
     """What the model expects after position `at` of each context, in nats, once for each way of editing the residual stream."""
-    resid, rows, found = activations(model, tokens, after), torch.arange(len(tokens)), {}
+    resid, found = activations(model, tokens, after), {}
     for name, edit in edits.items():
-        last = go_on(model, resid if edit is None else edit(resid), after)[rows, at]
+        last = ends(model, resid if edit is None else edit(resid), after, at)
         found[name] = torch.log_softmax(unembed(model, last[:, None])[:, 0].float(), -1)
     return found
 

@@ -15,6 +15,7 @@ from sae_lib.metrics import (
     feature_density,
     half_sample_interval,
     loss_recovered,
+    mean_interval,
     mmcs,
     pearson_from_sums,
     share_interval,
@@ -152,13 +153,20 @@ def test_pearson_from_sums_equals_the_textbook():
     assert np.isnan(pearson_from_sums(1000, constant.sum(), sums[1], (constant ** 2).sum(), sums[3], (constant * y).sum()))
 
 
+MEAN = lambda t: t[..., 0] / t[..., 1]
+
+
+def documents_of(values) -> np.ndarray:
+    return np.stack([values, np.ones(len(values))], axis=1)
+
+
 def test_bootstrap_covers_the_truth_as_often_as_it_says():
     # 300 experiments of 60 documents; documents differ, so drawing tokens instead would give far too narrow intervals.
     rng, covered = np.random.default_rng(3), 0
     for i in range(300):
         tokens = rng.integers(5, 50, 60)
         hits = tokens * (0.3 + rng.uniform(-0.2, 0.2, 60))
-        interval = bootstrap_interval(np.stack([hits, tokens], 1), lambda t: t[..., 0] / t[..., 1], n_boot=400, seed=i)
+        interval = bootstrap_interval(np.stack([hits, tokens], 1), MEAN, n_boot=400, seed=i)
         assert interval.low <= interval.value <= interval.high
         covered += interval.low <= 0.3 <= interval.high
     assert 0.88 <= covered / 300 <= 0.99
@@ -173,11 +181,20 @@ def test_what_no_draw_defines_has_no_interval_and_no_warning():
 
 def test_bootstrap_depends_on_its_seed_alone_and_needs_documents():
     sums = np.random.default_rng(0).uniform(size=(50, 2))
-    ratio = lambda t: t[..., 0] / t[..., 1]
-    assert bootstrap_interval(sums, ratio, seed=1) == bootstrap_interval(sums, ratio, seed=1)
-    assert bootstrap_interval(sums, ratio, seed=1) != bootstrap_interval(sums, ratio, seed=2)
-    with pytest.raises(StudyError, match="two documents"):
-        bootstrap_interval(sums[:1], ratio)
+    assert bootstrap_interval(sums, MEAN, seed=1) == bootstrap_interval(sums, MEAN, seed=1)
+    assert bootstrap_interval(sums, MEAN, seed=1) != bootstrap_interval(sums, MEAN, seed=2)
+    with pytest.raises(StudyError, match="two independent samples"):
+        bootstrap_interval(sums[:1], MEAN)
+
+
+def test_the_mean_of_what_is_independent():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    found = mean_interval(values, seed=1)
+    assert found == bootstrap_interval(documents_of(values), MEAN, seed=1) and found.value == pytest.approx(values.mean())
+    # As wide as the normal approximation of the mean's error.
+    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    with pytest.raises(StudyError, match="two independent samples"):
+        mean_interval(values[:1])
 
 
 def test_share_interval_by_hand():
@@ -188,13 +205,6 @@ def test_share_interval_by_hand():
 
 # --- halves ----------------------------------------------------------------------------------------------------------
 
-MEAN = lambda t: t[..., 0] / t[..., 1]
-
-
-def documents_of(values) -> np.ndarray:
-    return np.stack([values, np.ones(len(values))], axis=1)
-
-
 def test_halves_of_two_documents_by_hand():
     # The mean is 1, that of either half 0 or 2; half a sample left out, so that halves count as they are.
     interval, lean = half_sample_interval(documents_of([0.0, 2.0]), MEAN, n_boot=400)
@@ -202,7 +212,7 @@ def test_halves_of_two_documents_by_hand():
     assert (interval.low, interval.high) == pytest.approx((0, 2), abs=0.2)
     assert lean == pytest.approx((interval.low + interval.high) / -2 + 1)  # the halves' own mean is what they were centred by
     assert half_sample_interval(documents_of([3.0] * 9), MEAN, n_boot=20) == ((3, 3, 3), 0)
-    with pytest.raises(StudyError, match="two documents"):
+    with pytest.raises(StudyError, match="two independent samples"):
         half_sample_interval(documents_of([1.0]), MEAN)
 
 

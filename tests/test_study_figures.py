@@ -135,4 +135,10 @@ def test_receipt(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_RECEIPTS", str(tmp_path / "receipts"))
     figures.show(line(), "03-two-lines", **TEXTS)
     (receipt,) = paths.receipts(tmp_path / "receipts")
-    assert receipt == {"event": "figure", "name": "03-two-lines", "sha256": paths.sha256(folder / "03-two-lines.json")}
+    sha256 = paths.sha256(folder / "03-two-lines.json")
+    assert receipt == {"event": "figure", "name": "03-two-lines", "sha256": sha256, "folder": str(folder)}
+
+
+def test_a_folder_of_its_own(folder, tmp_path):
+    figures.show(line(), "03-two-lines", **TEXTS, folder=tmp_path / "apart")
+    assert not folder.exists() and list(figures.read_index(tmp_path / "apart")) == ["03-two-lines"]

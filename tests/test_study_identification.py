@@ -121,7 +121,8 @@ def test_codings_by_name(study):
 
 
 def test_a_ratio_over_sentences_by_hand():
-    one, other = (pd.Series({"half": half, "kl": [1.0] * 9, "drawn": drawn}) for half, drawn in ((3.0, [3, 4] * 50), (6.0, [6] * 100)))
+    one, other = (pd.Series({"half": half, "kl": [1.0] * 9, "drawn": drawn})
+                  for half, drawn in ((3.0, [3, 4] * 50), (6.0, [6] * 100)))
     found = numbers.drawn_ratio(one, other)
     assert found.value == 0.5 and found.low == 0.5 and found.high == pytest.approx(4 / 6)
     assert numbers.drawn_ratio(one, other.replace({6.0: np.nan})).value == 3 / 8

@@ -95,6 +95,30 @@ def test_runs_then_caches_then_reruns_what_changed(study):
     assert go(dry_run=True, force=True)[1].count("--force") == 2
 
 
+def test_what_a_notebook_keeps_apart_touches_nothing_of_the_study(study):
+    head = HEAD + 'MODEL = ""\n# %%\nfrom pathlib import Path\nfolder = Path(MODEL) if MODEL else None\n'
+    body = DRAW.format("02").replace('bars."', 'bars.", folder=folder')
+    body = body.replace("Scorecard(", "Scorecard(folder and folder / 'results.json', ")
+    write(study, "02", body, head)
+    folder, mine = study / "figures", study / "mine"
+    assert go()[0] == 0
+    figures.update_index(folder, {"02-bars": {"png_of": figures.read_index(folder)["02-bars"]["sha256"]}})
+    (folder / "02-bars.png").write_bytes(b"image")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    other = {"parameters": (("MODEL", str(mine)),), "seed": 5}
+    status, said = go(**other)
+    assert status == 0 and states(study) == {"02_title": "ran"} and "lie apart, in mine" in said
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert list(figures.read_index(mine)) == ["02-bars"] and len(Scorecard(mine / "results.json", seed=5).table()) == 1
+    executed = study / "data" / "runs" / "workshop" / "02_title.ipynb"
+    export.inject(executed, folder)
+    assert "image/png" not in displayed(executed).data  # the study's image is not of this figure
+    assert go(**other)[0] == 0 and states(study) == {"02_title": "cached"}
+    (mine / "02-bars.json").unlink()
+    assert "figure 02-bars is missing or changed" in go(dry_run=True, **other)[1]
+
+
 def test_figures_of_a_notebook(study):
     """A smoke run keeps its figures apart; in the executed copy a figure has its text, and its PNG once there is one."""
     write(study, "02", DRAW.format("02"))

@@ -138,6 +138,7 @@ def test_rare_tokens_and_the_end_of_text_are_not_used():
     seen = np.full(400, 3)
     seen[::4] = np.repeat([0, 1, 2], [61, 20, 19])  # every fourth is counted
     four = study()
-    four.tokens, four.vocabulary = SimpleNamespace(tokens=lambda split: seen), [b""] * 4  # in place of the cached properties
+    four.tokens = SimpleNamespace(tokens=lambda split: seen)  # in place of the cached properties
+    four.vocabulary = [b"", b"a", b"b", b"c"]
     used = scores.used_tokens(four)
     assert used.tolist() == [False, True, False, False]

@@ -16,7 +16,8 @@
 # some of its features; push on them; and save the dictionary so that others can load it.
 #
 # **Needs** nothing: `MODEL = ""` takes the study's own model of several layers, without a network. **Makes** five figures and the
-# rows 13 of the scorecard. **Time**: 15 minutes to read.
+# rows 13 of the scorecard; of any other model, layer or dictionary they go to a folder of their own in `data/runs`, and the study's
+# stay what they are. **Time**: 15 minutes to read.
 #
 # To make it yours, change three lines below, or run `python -m sae_lib.study run --only 13 -p MODEL=models/mine -p LAYER=3`. For
 # example:
@@ -47,15 +48,15 @@ import torch
 from IPython.display import HTML, display
 from plotly.subplots import make_subplots
 
-from sae_lib import baselines, residual, study
+from sae_lib import baselines, metrics, residual, study
 from sae_lib.evaluate import held_out_pass
 from sae_lib.features import activation_table
-from sae_lib.metrics import bootstrap_interval, density_summary, feature_density
 from sae_lib.sae import SAE
-from sae_lib.study import own_cards, own_model, paths
+from sae_lib.study import own_cards, own_model
 from sae_lib.study.figures import COLOURS
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
+outputs = own_model.outputs(run, MODEL, LAYER, DICTIONARY)
 
 # %% [markdown]
 # ## 1 · What is this model?
@@ -96,11 +97,11 @@ counts.to_frame().assign(share=counts / counts.sum())
 middle = {after: length.median().item() for after, length in lengths.items()}
 first = {after: length[:, 0].median().item() / middle[after] for after, length in lengths.items()}
 dropped = 1 - counts["counted"] / counts.sum()
-study.show(own_cards.norm_figure(lengths, skip, LAYER), "13-norms",
-           claim=f"After {LAYER} layers the first position is {first[LAYER]:.2g} times as long as the median one; {dropped:.2%} of tokens are left out",
-           alt="Median length of the residual stream at each position, a line a number of layers. Median of all and first position relative to it: "
-               + "; ".join(f"after {after}: {middle[after]:.2f}, {first[after]:.2g} times" for after in lengths)
-               + f". Left out after {LAYER}: " + ", ".join(f"{n:,} {why}" for why, n in counts.items() if why != "counted") + ".")
+outputs.show(own_cards.norm_figure(lengths, skip, LAYER), "13-norms",
+             claim=f"After {LAYER} layers the first position is {first[LAYER]:.2g} times as long as the median one; {dropped:.2%} of tokens are left out",
+             alt="Median length of the residual stream at each position, a line a number of layers. Median of all and first position relative to it: "
+                 + "; ".join(f"after {after}: {middle[after]:.2f}, {first[after]:.2g} times" for after in lengths)
+                 + f". Left out after {LAYER}: " + ", ".join(f"{n:,} {why}" for why, n in counts.items() if why != "counted") + ".")
 
 # %% [markdown]
 # ## 3 · The dictionary, and is it the right one?
@@ -121,6 +122,10 @@ pd.Series({"kind": sae.architecture, "features": sae.config.d_sae, "reads": sae.
 # The baselines come from the same activations. Principal components are not sparse, so there are two ways to give them as many
 # numbers a token as the dictionary has: the *first k* components, always the same; and the *largest k* of all components, chosen anew for
 # each token, as a dictionary does. Both are written as dictionaries, so one function measures all three.
+#
+# Three measures, as in notebook 03, on the test text. **Loss recovered**: of what it costs to set the residual stream to zero (or to its
+# mean), the share that the rebuilt stream wins back. **Explained variance**: one minus the squared error, over that of always giving the
+# mean. **L0**: how many features are active on a token.
 
 # %% tags=["slow"]
 found = {"dictionary": held_out_pass(model, own.test, sae, LAYER, skip)}
@@ -129,10 +134,10 @@ k = int(np.clip(round(l0.value), 1, cfg.d_model))
 sample = own_model.stream(run, own, LAYER, skip, batch_size=256).sample(run.profile.component_sample, "components")
 rivals = {f"first {k} components": baselines.as_dictionary(baselines.pca(sample, k)),
           f"largest {k} components": baselines.as_dictionary(baselines.pca(sample, cfg.d_model), k)}
-found |= {name: held_out_pass(model, own.test, rival, LAYER, skip) for name, rival in rivals.items()}
+found |= {name: held_out_pass(model, own.test, rival, LAYER, skip, known=found["dictionary"]) for name, rival in rivals.items()}
 numbers = {name: {"loss recovered (zero)": each.loss_recovered("zero", **draws), "loss recovered (mean)": each.loss_recovered("mean", **draws),
                   "explained variance": each.explained_variance(**draws), "L0": each.average("l0", **draws)} for name, each in found.items()}
-dead = density_summary(found["dictionary"].fired, len(found["dictionary"].document)).dead
+dead = metrics.density_summary(found["dictionary"].fired, len(found["dictionary"].document)).dead
 pd.DataFrame({name: {what: f"{i.value:.3f} ({i.low:.3f} to {i.high:.3f})" for what, i in each.items()} for name, each in numbers.items()})
 
 # %%
@@ -146,16 +151,16 @@ fig.update_yaxes(tickformat=".0%")
 fig.update_layout(width=1000, height=460, legend=dict(orientation="h", y=-0.08))
 told = {name: f"{name} {each['loss recovered (zero)'].value:.1%}" for name, each in numbers.items()}
 best = max(list(numbers)[1:], key=lambda name: numbers[name]["loss recovered (zero)"].value)
-study.show(fig, "13-quality", claim=f"With {l0.value:.3g} numbers a token the dictionary recovers {numbers['dictionary']['loss recovered (zero)'].value:.1%} of the loss, the {best} "
-           f"{numbers[best]['loss recovered (zero)'].value:.1%}",
-           alt="Bars with intervals of loss recovered (against zero and against the mean) and explained variance. Loss recovered, zero: " + "; ".join(told.values())
-               + ". Explained variance: " + "; ".join(f"{name} {each['explained variance'].value:.1%}" for name, each in numbers.items()) + ".")
+outputs.show(fig, "13-quality", claim=f"With {l0.value:.3g} numbers a token the dictionary recovers {numbers['dictionary']['loss recovered (zero)'].value:.1%} of the loss, the {best} "
+             f"{numbers[best]['loss recovered (zero)'].value:.1%}",
+             alt="Bars with intervals of loss recovered (against zero and against the mean) and explained variance. Loss recovered, zero: " + "; ".join(told.values())
+                 + ". Explained variance: " + "; ".join(f"{name} {each['explained variance'].value:.1%}" for name, each in numbers.items()) + ".")
 
 # %%
 def gain(rival):
     """By how much more of the loss the dictionary recovers, over the same draws of documents."""
     mine, other = (found[name].document_sums("clean", "dictionary", "zero") for name in ("dictionary", rival))
-    return bootstrap_interval(np.hstack([mine, other[:, 1:2]]), lambda t: (t[..., 4] - t[..., 1]) / (t[..., 2] - t[..., 0]), **draws)
+    return metrics.bootstrap_interval(np.hstack([mine, other[:, 1:2]]), lambda t: (t[..., 4] - t[..., 1]) / (t[..., 2] - t[..., 0]), **draws)
 
 
 gains = {name: gain(name) for name in rivals}
@@ -171,19 +176,19 @@ print(f"numbers a token: {l0.value:.3g} of {cfg.d_model} dimensions, {l0.value /
 # earned its name by reconstruction: it wants a greater L1 coefficient, or it must show in sections 4 and 5 that its units can be read.
 
 # %%
-row, where = run.scorecard.row, f"{own.name} after {LAYER} of {cfg.n_layers} layers, {sae.config.d_sae:,} features"
+where = f"{own.name} after {LAYER} of {cfg.n_layers} layers, {sae.config.d_sae:,} features"
 recovered = numbers["dictionary"]["loss recovered (zero)"]
-row("13.loss_recovered", claim="Share of the loss recovered by a dictionary of the residual stream, and more than components of equal L0 recover", paper=None,
+outputs.row("13.loss_recovered", claim="Share of the loss recovered by a dictionary of the residual stream, and more than components of equal L0 recover", paper=None,
     paper_source="C, section 2 (dictionaries between layers)", ours=recovered.value, low=recovered.low, high=recovered.high, seeds=1,
     verdict="reproduced" if all(beaten) else "partly" if any(beaten) else "not",
     caveat=f"{where}; zero ablation (against the mean {mean_recovered:.1%}); more than the " + ", the ".join(
         f"{name} by {each.value:.3f} ({each.low:.3f} to {each.high:.3f})" for name, each in gains.items()) + f"; {dropped:.2%} of tokens left out")
-row("13.l0", claim="A token has few active features: fewer than the residual stream has dimensions", paper=None, paper_source="C, section 2",
+outputs.row("13.l0", claim="A token has few active features: fewer than the residual stream has dimensions", paper=None, paper_source="C, section 2",
     ours=l0.value, low=l0.low, high=l0.high, seeds=1, verdict="reproduced" if l0.high < cfg.d_model / 2 else "partly" if l0.high < cfg.d_model else "not",
     caveat=f"{where}, of {cfg.d_model} dimensions (reproduced: under half of them); {dead:.1%} of features never fire on {len(found['dictionary'].document):,} tokens")
 
 # %%
-density = feature_density(found["dictionary"].fired, len(found["dictionary"].document)).numpy()
+density = metrics.feature_density(found["dictionary"].fired, len(found["dictionary"].document)).numpy()
 living = density[density > 0]
 fig = go.Figure(go.Histogram(x=np.log10(living), nbinsx=50, marker_color=COLOURS[0], name="features"))
 ticks = list(range(-6, 1))
@@ -191,9 +196,9 @@ fig.update_xaxes(title="share of tokens that a feature is active on", tickvals=t
 fig.update_yaxes(title="features")
 typical = np.median(living) if len(living) else np.nan
 if len(living):
-    study.show(fig, "13-density", claim=f"The median living feature fires on {typical:.2%} of tokens; {dead:.1%} of {len(density):,} never fire here",
-               alt=f"Histogram of the density of {len(living):,} living features on a logarithmic axis, from {living.min():.1g} to {living.max():.1%}, median {typical:.2%}. "
-                   f"{dead:.1%} of all never fire on {len(found['dictionary'].document):,} tokens.")
+    outputs.show(fig, "13-density", claim=f"The median living feature fires on {typical:.2%} of tokens; {dead:.1%} of {len(density):,} never fire here",
+                 alt=f"Histogram of the density of {len(living):,} living features on a logarithmic axis, from {living.min():.1g} to {living.max():.1%}, median {typical:.2%}. "
+                     f"{dead:.1%} of all never fire on {len(found['dictionary'].document):,} tokens.")
 
 # %% [markdown]
 # ## 4 · Feature cards
@@ -221,11 +226,11 @@ display(HTML(own_cards.page(cards)))
 # %%
 raised = {each.feature: own_cards.spelled(own, each.raised[:3]) for each in cards}
 strongest = max(cards, key=lambda each: np.nanmax(each.effect))
-study.show(own_cards.effects_figure(own, cards), "13-effects",
-           claim=f"At its strongest tokens feature {strongest.feature} adds {np.nanmax(strongest.effect):.1%} to the probability of "
-                 f"{raised[strongest.feature][0]}, more than any other of the {len(cards)} to any token",
-           alt="For each feature, with the commonest domain of its strongest tokens, bars of the ten next tokens whose probability it raises most. The first three: "
-               + "; ".join(f"{feature}: {', '.join(tokens)}" for feature, tokens in raised.items()) + ".")
+outputs.show(own_cards.effects_figure(own, cards), "13-effects",
+             claim=f"At its strongest tokens feature {strongest.feature} adds {np.nanmax(strongest.effect):.1%} to the probability of "
+                   f"{raised[strongest.feature][0]}, more than any other of the {len(cards)} to any token",
+             alt="For each feature, with the commonest domain of its strongest tokens, bars of the ten next tokens whose probability it raises most. The first three: "
+                 + "; ".join(f"{feature}: {', '.join(tokens)}" for feature, tokens in raised.items()) + ".")
 
 # %% [markdown]
 # ## 5 · Push
@@ -233,8 +238,12 @@ study.show(own_cards.effects_figure(own, cards), "13-effects",
 # **Claim.** Adding a feature's direction to the residual stream makes likely what the feature raised in its own examples, on text that has
 # nothing to do with them; a random direction of the same length does not.
 #
-# The ten tokens of each feature are those of the figure above, found on the *validation* text. The prompts are beginnings of *test*
-# documents, one each; the direction is added at their last token only.
+# The ten tokens of each feature are those of the figure above, found on the *validation* text. The prompts are beginnings of contexts
+# of the *test* text; such a context is a piece of the packed text, and may begin in the middle of a document and go on with another. The
+# direction is added at the last token only, and no two of these are of one document.
+#
+# How far all expectations are changed is measured by the **Kullback-Leibler divergence** (KL): the mean, over the next tokens that the
+# model expects unsteered, of how much less likely steering makes them, in nats. It is 0 if nothing changes.
 #
 # **Predict.** What does the random direction do to the expectations as a whole: less, or as much?
 
@@ -249,23 +258,22 @@ means
 def apart(strength):
     """Probability of a feature's tokens, above that under the random direction: mean over features, interval over prompts."""
     part = steered[steered.strength == strength].pivot_table(index="prompt", columns="way", values="share")
-    difference = (part[own_cards.FEATURE] - part[own_cards.RANDOM]).to_numpy()
-    return bootstrap_interval(np.stack([difference, np.ones(len(difference))], 1), lambda t: t[..., 0] / t[..., 1], **draws)
+    return metrics.mean_interval((part[own_cards.FEATURE] - part[own_cards.RANDOM]).to_numpy(), **draws)
 
 
 pushed, clean = means["share"], steered[steered.strength == 0].share.mean()
 by_feature = steered[steered.strength == 2].pivot_table(index="feature", columns="way", values="share")
 ahead = int((by_feature[own_cards.FEATURE] > by_feature[own_cards.RANDOM]).sum())
-study.show(own_cards.steering_figure(steered), "13-steering",
-           claim=f"At twice its maximum a feature gives its ten tokens {pushed.loc[2.0, own_cards.FEATURE]:.1%} of the probability, a random direction "
-                 f"{pushed.loc[2.0, own_cards.RANDOM]:.1%}, none {clean:.1%}",
-           alt=f"Two panels against strength, thin lines a feature each, thick their mean, over {len(tokens)} prompts. Probability of the ten tokens: "
-               + ", ".join(f"{s:g}: {pushed.loc[s, own_cards.FEATURE]:.1%} (random {pushed.loc[s, own_cards.RANDOM]:.1%})" for s in STRENGTHS)
-               + f". {ahead} of {len(cards)} features are above their random direction at twice the maximum. KL divergence rises with strength.")
+outputs.show(own_cards.steering_figure(steered), "13-steering",
+             claim=f"At twice its maximum a feature gives its ten tokens {pushed.loc[2.0, own_cards.FEATURE]:.1%} of the probability, a random direction "
+                   f"{pushed.loc[2.0, own_cards.RANDOM]:.1%}, none {clean:.1%}",
+             alt=f"Two panels against strength, thin lines a feature each, thick their mean, over {len(tokens)} prompts. Probability of the ten tokens: "
+                 + ", ".join(f"{s:g}: {pushed.loc[s, own_cards.FEATURE]:.1%} (random {pushed.loc[s, own_cards.RANDOM]:.1%})" for s in STRENGTHS)
+                 + f". {ahead} of {len(cards)} features are above their random direction at twice the maximum. KL divergence rises with strength.")
 
 # %%
 twice = apart(2.0)
-row("13.steering", claim="Adding a feature at twice its maximum raises the probability of the tokens that it raised on other text: by how much more than a random direction",
+outputs.row("13.steering", claim="Adding a feature at twice its maximum raises the probability of the tokens that it raised on other text: by how much more than a random direction",
     paper=None, paper_source="B, Pinned Feature Sampling (on an MLP)", ours=twice.value, low=twice.low, high=twice.high, seeds=1,
     verdict="reproduced" if twice.low > 0 and ahead == len(cards) else "partly" if twice.low > 0 else "not",
     caveat=f"{where}; mean of {len(cards)} features chosen by rule, {ahead} of them above their random direction; interval over {len(tokens)} prompts")
@@ -277,14 +285,13 @@ row("13.steering", claim="Adding a feature at twice its maximum raises the proba
 # be the same to the bit.
 
 # %%
-folder = paths.data() / "published" / run.profile.name / f"after-{LAYER}"
 sae.metadata |= {"l0": l0.value, "explained_variance": numbers["dictionary"]["explained variance"].value, "model": own.name,
                  "place": residual.hook_name(model, LAYER), "left_out": skip._asdict() | {"above": float(skip.above)}}
-sae.save(folder)
-again = SAE.load(folder)
+sae.save(outputs.published)
+again = SAE.load(outputs.published)
 assert type(again) is type(sae) and again.config == sae.config, "what was read is not what was saved"
 assert all(torch.equal(a, b) for a, b in zip(again.parameters(), sae.parameters(), strict=True)), "weights changed on the way"
-print(*sorted(f"{file.name}: {file.stat().st_size:,} bytes" for file in folder.iterdir()), sep="\n")
+print(*sorted(f"{file.name}: {file.stat().st_size:,} bytes" for file in outputs.published.iterdir()), sep="\n")
 
 # %% [markdown]
 # To publish it, put the folder on the hub (`huggingface_hub.upload_folder(repo_id="YOU/NAME", folder_path=..., path_in_repo=...)`), and

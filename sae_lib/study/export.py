@@ -83,9 +83,10 @@ def inject(notebook: Path, folder: Path) -> None:
     changed = False
     for cell in content["cells"]:
         for output in cell.get("outputs", []):
-            name = output.get("metadata", {}).get(MIMETYPE, {}).get("figure")
+            shown = output.get("metadata", {}).get(MIMETYPE, {})
+            name = shown.get("figure")
             entry, png = index.get(name, {}), folder / f"{name}.png"
-            if name and png.exists() and entry.get("png_of") == entry.get("sha256"):
+            if name and png.exists() and entry.get("png_of") == shown.get("sha256"):
                 image = base64.b64encode(png.read_bytes()).decode()
                 changed |= output["data"].get("image/png") != image
                 output["data"]["image/png"] = image

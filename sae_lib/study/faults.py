@@ -20,7 +20,6 @@ from sae_lib.evaluate import held_out_pass
 from sae_lib.recipe import TrainConfig
 from sae_lib.seeds import numpy_generator
 from sae_lib.study import paths
-from sae_lib.study.frontier import spread_over
 from sae_lib.study.kinds import seed_of
 from sae_lib.study.pipeline import Study
 from sae_lib.train import train_sae
@@ -99,7 +98,7 @@ def broken(study: Study) -> Broken:
         usual = Harvest.of(stream, base.n_activations)
         sources = {"order": lambda: Harvest(_in_order(stream, base.n_activations), base.batch_size),
                    "few": lambda: Harvest(usual.rows[:REPEATED * base.batch_size], base.batch_size)}
-        text, known = spread_over(study.held_out("test"), sizes.contexts), []
+        text, known = study.held_out("test").spread(sizes.contexts), []
 
         def one(name: str) -> dict:
             sae, log = train_sae(sources.get(name, lambda: usual)(), config, runs[name], device=stream.device)

@@ -50,11 +50,11 @@ def style(fig: go.Figure) -> go.Figure:
     return fig
 
 
-def show(fig: go.Figure, name: str, *, claim: str, alt: str) -> None:
+def show(fig: go.Figure, name: str, *, claim: str, alt: str, folder: Path | None = None) -> None:
     """File `fig` as figures/<name>.json and .html, enter it in figures/index.json, and display it.
 
     name: "NN-words-with-hyphens", NN the notebook's number; claim: the finding, which becomes the title (a subtitle the
-    figure already has is kept); alt: what someone who cannot see the figure should know.
+    figure already has is kept); alt: what someone who cannot see the figure should know; folder: instead of figures/.
     Raises ValueError for a figure that breaks the rules of the house: no claim or alt text, no finite data, LaTeX in a label.
     """
     if not re.fullmatch(r"\d\d-[a-z0-9]+(-[a-z0-9]+)*", name):
@@ -71,7 +71,7 @@ def show(fig: go.Figure, name: str, *, claim: str, alt: str) -> None:
         if re.search(r"\$[^$]+\$", label):
             raise ValueError(f"Figure {name} has LaTeX in the label '{label}', which most viewers show as raw text: use Unicode")
 
-    folder = paths.figures()
+    folder = folder or paths.figures()
     plot = json.loads(fig.to_json())
     content = json.dumps(plot, sort_keys=True, separators=(",", ":")) + "\n"
     paths.write_atomic(folder / f"{name}.json", content)
@@ -80,8 +80,8 @@ def show(fig: go.Figure, name: str, *, claim: str, alt: str) -> None:
     entry = {"name": name, "notebook": name[:2], "claim": claim, "alt": alt, "n_traces": len(fig.data),
              "sha256": paths.sha256(folder / f"{name}.json")}
     update_index(folder, {name: entry})
-    paths.receipt("figure", name=name, sha256=entry["sha256"])
-    _display(plot, name, claim, alt)
+    paths.receipt("figure", name=name, sha256=entry["sha256"], folder=str(folder))
+    _display(plot, entry)
 
 
 def read_index(folder: Path) -> dict[str, dict]:
@@ -154,7 +154,7 @@ def _write_plotlyjs(folder: Path) -> None:
         paths.write_atomic(target, source)
 
 
-def _display(plot: dict, name: str, claim: str, alt: str) -> None:
+def _display(plot: dict, entry: dict) -> None:
     """Show the figure in a notebook, with its text for viewers that run no JavaScript; nothing outside a notebook."""
     try:
         from IPython import get_ipython
@@ -162,5 +162,6 @@ def _display(plot: dict, name: str, claim: str, alt: str) -> None:
     except ImportError:
         return
     if get_ipython() is not None:
-        bundle = {MIMETYPE: plot | {"config": CONFIG}, "text/plain": f"Figure {name}: {claim} {alt}"}
-        display(bundle, raw=True, metadata={MIMETYPE: {"figure": name, "alt": alt}})
+        bundle = {MIMETYPE: plot | {"config": CONFIG}, "text/plain": f"Figure {entry['name']}: {entry['claim']} {entry['alt']}"}
+        about = {"figure": entry["name"], "alt": entry["alt"], "sha256": entry["sha256"]}
+        display(bundle, raw=True, metadata={MIMETYPE: about})

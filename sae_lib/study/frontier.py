@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from sae_lib import effects, fronts, interpret
 from sae_lib.activations import Harvest
-from sae_lib.evaluate import HeldOut, Text, held_out_pass
+from sae_lib.evaluate import HeldOut, held_out_pass
 from sae_lib.features import activation_table
 from sae_lib.fronts import Lead
 from sae_lib.metrics import Interval, Numbers, bootstrap_interval, density_summary, explained_share, recovered_share
@@ -107,12 +107,6 @@ def _measure(common: np.ndarray, own: np.ndarray, name: str) -> Numbers:
         return recovered_share(values["clean"], values["dictionary"], values["zero" if name == "recovered" else "mean"])
 
 
-def spread_over(text: Text, n_contexts: int) -> Text:
-    """At most so many contexts, spread evenly over the text."""
-    few = max(1, -(-len(text.contexts) // n_contexts))
-    return Text(*(values[::few] for values in text))
-
-
 def frontier(study: Study) -> Frontier:
     """All dictionaries, trained and measured, or what was measured of them. An interrupted run goes on after the last one."""
     sizes, found, (_, by) = study.profile.frontier, rate_trials(study), scores.explainer(study.vocabulary)
@@ -144,8 +138,8 @@ class _Measuring:
     def __init__(self, study: Study, checkpoint: Path):
         self.study, self.checkpoint, self.sizes, self._harvest = study, checkpoint, study.profile.frontier, None
         self.model, self.rate = study.transformer("A").model, best_rates(rates(study))
-        self.text = {split: spread_over(study.held_out(split), self.sizes.contexts) for split in ("test", "validation")}
-        few = spread_over(self.text["validation"], max(1, GAIN_ROWS // self.text["validation"].contexts.shape[1]))
+        self.text = {split: study.held_out(split).spread(self.sizes.contexts) for split in ("test", "validation")}
+        few = self.text["validation"].spread(max(1, GAIN_ROWS // study.profile.tokens.n_ctx))
         self.gain_rows = mlp_activations(self.model, few.contexts.long()).flatten(0, 1)
         self.known: dict[str, HeldOut] = {}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from sae_lib.metrics import Interval, bootstrap_interval
+from sae_lib.metrics import Interval, bootstrap_interval, mean_interval
 
 
 def half(curve: Float[np.ndarray, "*draws k"]) -> Float[np.ndarray, "*draws"]:
@@ -20,7 +20,7 @@ def needed(sets: pd.DataFrame) -> Float[np.ndarray, " sets"]:
 
 def mean_half(sets: pd.DataFrame, **draws: int) -> Interval:
     """Mean over sets of the directions `needed`, with a bootstrap over sets."""
-    return _ratio(needed(sets), np.ones(len(sets)), **draws)
+    return mean_interval(needed(sets), **draws)
 
 
 def needed_ratio(sets: pd.DataFrame, coding: str, other: str, **draws: int) -> Interval:
@@ -37,8 +37,7 @@ def edit_ratio(sets: pd.DataFrame, coding: str, other: str, **draws: int) -> tup
     if len(common) < 2:
         return (Interval(np.nan, np.nan, np.nan),) * 3
     mine, theirs = (np.array([table.edit[i][int(table.half[i])] for i in common]) for table in both)
-    one = np.ones(len(common))
-    return _ratio(mine, one, **draws), _ratio(theirs, one, **draws), _ratio(mine, theirs, **draws)
+    return mean_interval(mine, **draws), mean_interval(theirs, **draws), _ratio(mine, theirs, **draws)
 
 
 def _ratio(above: Float[np.ndarray, " sets"], below: Float[np.ndarray, " sets"], **draws: int) -> Interval:

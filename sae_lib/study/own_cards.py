@@ -26,8 +26,7 @@ from sae_lib.study.tables import flat
 
 SHOWN = 6  # examples of a card
 RAISED = 10  # tokens that a feature raises most
-PROMPT = 64  # tokens of a prompt at most, and its least: enough to be a text
-LEAST = 8
+LEAST, MOST = 8, 64  # tokens of a prompt
 FEATURE, RANDOM = "the feature", "a random direction"
 
 
@@ -116,11 +115,11 @@ def spelled(own: Own, tokens: np.ndarray) -> list[str]:
 # --- steering --------------------------------------------------------------------------------------------------------
 
 def prompts(text: Text, skip: Skip, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Beginnings of contexts, of at most `n` different documents, and in each the place of its last token.
+    """Beginnings of at most `n` contexts, and in each the place of its last token, no two of which are of one document.
 
     Raises StudyError if contexts are too short or there are fewer than two.
     """
-    length = min(PROMPT, text.contexts.shape[1])
+    length = min(MOST, text.contexts.shape[1])
     if length <= LEAST:
         raise StudyError(f"Contexts of {length} tokens are too short for prompts of {LEAST}; use longer ones.")
     rng, chosen, seen = numpy_generator(seed, "prompts"), [], set()

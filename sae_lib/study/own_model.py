@@ -6,9 +6,11 @@ its own tokenizer, its own special tokens and, as a rule, positions whose activa
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from jaxtyping import Bool
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sae_lib import corpus, residual
+from sae_lib import corpus, effects, residual
 from sae_lib import tokens as tokens_module
 from sae_lib.activations import ActivationStream, Skip, StreamConfig
 from sae_lib.errors import StudyError
@@ -26,11 +28,12 @@ from sae_lib.metrics import Interval, bootstrap_interval
 from sae_lib.precision import best_device
 from sae_lib.proxies import token_bytes
 from sae_lib.sae import SAE, SAEConfig
-from sae_lib.study import deep, paths
+from sae_lib.study import deep, figures, paths
 from sae_lib.study.artefacts import Artefact
 from sae_lib.study.hub_folders import dictionary_folder, model_folder
 from sae_lib.study.pipeline import Study, spread
 from sae_lib.study.profiles import OwnSizes
+from sae_lib.study.scorecard import Scorecard
 from sae_lib.tokens import TokenData
 from sae_lib.train import train_sae
 from sae_lib.transformer import Transformer, load_pretrained
@@ -38,6 +41,7 @@ from sae_lib.transformer import Transformer, load_pretrained
 NORM_CONTEXTS = 64  # contexts that norms are looked at in
 SINK = 10  # times the median norm; what is longer is a sink
 MIN_USED = 5  # times that a token occurs in the training text before anything is said of its logit
+STUDYS = ("", 2, "")  # MODEL, LAYER and DICTIONARY of notebook 13 as it comes: its figures and rows are the study's
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,44 @@ class Own:
     folder: Path | None
     """Where the model was read from; none if it is the study's."""
 
-    @property
+    @cached_property
     def used(self) -> Bool[Tensor, " d_vocab"]:
         """Tokens that the training text has often enough, and that are text."""
-        counts = torch.bincount(self.contexts.flatten().long(), minlength=len(self.vocabulary))
-        return (counts >= MIN_USED) & torch.tensor([bool(token) for token in self.vocabulary])
+        return effects.used_tokens(self.contexts.flatten().numpy(), self.vocabulary, MIN_USED)
+
+
+# --- where the results go --------------------------------------------------------------------------------------------
+
+class Outputs(NamedTuple):
+    """Where notebook 13 puts what it makes."""
+
+    show: Callable[..., None]
+    """`figures.show`."""
+    row: Callable[..., None]
+    """`Scorecard.row`."""
+    published: Path
+    """The folder for the dictionary."""
+
+
+def outputs(study: Study, model: str, after: int, dictionary: str) -> Outputs:
+    """Of the study's own model, layer and dictionary: the study's figures and scorecard. Of any other: a folder for these
+    alone, data/runs/PROFILE/own/NAME, so that the study's stay what they are.
+    """
+    asked, profile = (model, after, dictionary), study.profile.name
+    words = (short_name(model) or "study", f"after-{after}", short_name(dictionary), paths.digest(asked)[:6])
+    name = "-".join(re.sub(r"[^\w.-]", "_", word) for word in words if word)
+    published = paths.data() / "published" / profile / name
+    if asked == STUDYS:
+        return Outputs(figures.show, study.scorecard.row, published)
+    folder = paths.runs(profile) / "own" / name
+    scorecard = Scorecard(folder / "results.json", **study.scorecard.header)
+    print(f"figures and rows go to {folder}")
+    return Outputs(partial(figures.show, folder=folder), scorecard.row, published)
+
+
+def short_name(source: str) -> str:
+    """The last part of the name of a model or dictionary, in small letters."""
+    return source.removeprefix("hf:").rstrip("/").rpartition("/")[2].lower()
 
 
 # --- the model and its text ------------------------------------------------------------------------------------------
@@ -150,13 +187,17 @@ def held_out_loss(own: Own, **draws: int) -> dict[str, Interval]:
 
 # --- sinks -----------------------------------------------------------------------------------------------------------
 
-def norms(own: Own, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
-    """Length of the residual stream after some numbers of layers (None: after each), in some held-out contexts: {after:
-    [n_contexts, n_ctx]}.
-    """
-    contexts = own.validation.contexts[:NORM_CONTEXTS].long().to(residual.device(own.model))
-    return {after: torch.cat([residual.activations(own.model, few, after).float().norm(dim=-1) for few in contexts.split(16)])
-            for after in (range(own.model.cfg.n_layers + 1) if layers is None else layers)}
+def norms(own: Own) -> dict[int, Tensor]:
+    """Length of the residual stream after each number of layers, in some held-out contexts: {after: [n_contexts, n_ctx]}."""
+    n, found = own.model.cfg.n_layers, []
+    for few in own.validation.contexts[:NORM_CONTEXTS].long().to(residual.device(own.model)).split(16):
+        resid = residual.activations(own.model, few, 0)
+        lengths = [resid.float().norm(dim=-1)]
+        for after in range(n):
+            resid = residual.go_on(own.model, resid, after, after + 1)
+            lengths.append(resid.float().norm(dim=-1))
+        found.append(torch.stack(lengths))
+    return dict(enumerate(torch.cat(found, dim=1)))
 
 
 def skip_for(own: Own, lengths: Tensor) -> Skip:
@@ -249,9 +290,8 @@ def layers_before(hook_name: str) -> int | None:
 def doubts(own: Own, after: int, sae: SAE) -> list[str]:
     """What a dictionary says of itself that is not what was asked for, a sentence each; nothing if all agrees."""
     said, found = sae.config, []
-    short = lambda name: name.removeprefix("hf:").rstrip("/").rpartition("/")[2].lower()
-    names = {short(own.name)} | ({"deep_transformer"} if own.folder is None else set())
-    if said.model_name and short(said.model_name) not in names:
+    names = {short_name(own.name)} | ({"deep_transformer"} if own.folder is None else set())
+    if said.model_name and short_name(said.model_name) not in names:
         found.append(f"The dictionary was made for the model '{said.model_name}', and this is {own.name}.")
     place = layers_before(said.hook_name)
     if said.hook_name and place is None:

@@ -127,7 +127,7 @@ def why(parts: dict, record: dict | None, options: Options, figures: Path) -> st
         return f"{', '.join(changed)} changed"
     if options.train and any(artefact["source"] == "reference" for artefact in record["artefacts"].values()):
         return "--train, and it used reference artefacts"
-    return _lost(record, figures)
+    return _lost(record, Path(record.get("folder") or figures))
 
 
 def _lost(record: dict, figures: Path) -> str | None:

@@ -95,6 +95,8 @@ class Run:
         try:
             produced = self._execute(job, meter)
             state = "ran"
+            if folder := produced.get("folder"):
+                self.say(f"{job.name}: its figures and rows lie apart, in {_short(Path(folder))}")
         except _Failed as failure:
             state, produced = "failed", {"error": str(failure)}
             self.say(f"{job.name}: {failure}")
@@ -136,6 +138,8 @@ class Run:
         outcome = paths.read_json(result) if process.returncode == 0 else None
         made = paths.receipts(receipts)
         produced = {
+            # Of a notebook that keeps what it makes apart from the study's.
+            "folder": next((item["folder"] for item in made if item.get("folder", str(self.figures)) != str(self.figures)), ""),
             "figures": {item["name"]: item["sha256"] for item in made if item["event"] == "figure"},
             "rows": {item["id"]: item["sha256"] for item in made if item["event"] == "row"},
             "artefacts": {item["name"]: {"key": item["key"], "source": item["source"]}
@@ -188,8 +192,9 @@ class Run:
         return None
 
     def _missing(self, job: Job, produced: dict) -> str | None:
+        figures = Path(produced["folder"] or self.figures)
         absent = [f"figure {name}" for name in job.outputs.figures
-                  if name not in produced["figures"] or not (self.figures / f"{name}.json").exists()]
+                  if name not in produced["figures"] or not (figures / f"{name}.json").exists()]
         absent += [f"scorecard row {id}" for id in job.outputs.rows if id not in produced["rows"]]
         return f"It ran to its end but did not make {', '.join(absent)}, which its code declares." if absent else None
 
@@ -210,7 +215,9 @@ class Run:
         }
         if not self.corpus.source.startswith("hf:"):
             fixed |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        return {"OMP_NUM_THREADS": str(environment.cpus())} | processes.environment() | fixed
+        # Threads that spin while they wait take the cores from others at work, and then wait several times as long themselves.
+        threads = {"OMP_NUM_THREADS": str(environment.cpus()), "OMP_WAIT_POLICY": "PASSIVE"}
+        return threads | processes.environment() | fixed
 
     def _warn_stale(self) -> None:
         stale = {path.stem for path in notebooks.build(check=True)}

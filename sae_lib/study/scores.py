@@ -111,9 +111,7 @@ def explainer(vocabulary: Sequence[bytes]) -> tuple[interpret.Explainer, str]:
 
 def used_tokens(study: Study) -> Tensor:
     """Tokens seen often enough in training that their logits were trained: 20 times in a quarter of the text."""
-    used = torch.from_numpy(np.bincount(study.tokens.tokens("train")[::4], minlength=len(study.vocabulary)) >= 20)
-    used[0] = False
-    return used
+    return effects.used_tokens(study.tokens.tokens("train")[::4], study.vocabulary, at_least=20)
 
 
 def score(study: Study, name: str) -> Scores:
@@ -157,9 +155,7 @@ def score(study: Study, name: str) -> Scores:
 
 def text_of(study: Study, split: str) -> Text:
     """The contexts that units are chosen on (validation) and scored on (test): every few of the held-out ones."""
-    held_out = study.held_out(split)
-    few = -(-len(held_out.contexts) // study.profile.scored_contexts)
-    return Text(*(values[::few] for values in held_out))
+    return study.held_out(split).spread(study.profile.scored_contexts)
 
 
 def living(study: Study, chosen: Kind, name: str, n: int) -> tuple[Int[Tensor, " living"], int]:

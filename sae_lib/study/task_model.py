@@ -148,7 +148,7 @@ class Pretrained(TaskModel):
 
     def skip(self, after: int) -> Skip:
         if after not in self._skips:
-            self._skips[after] = own_model.skip_for(self.own, own_model.norms(self.own, [after])[after])
+            self._skips[after] = own_model.skip_for(self.own, own_model.norms(self.own)[after])
         return self._skips[after]
 
     def text(self, n: int) -> Tensor:

@@ -23,8 +23,8 @@ def at_least(found: Interval, target: float, fair: float | None = None) -> Verdi
 
 
 def numbers_of(found: Interval) -> dict[str, float | None]:
-    """An interval as the fields of a row: ours, low, high; None for what could not be measured. A bootstrap whose draws all lie on
-    one side of the value, as those of a minimum may, is widened to it.
+    """An interval as the fields of a row: ours, low, high; None for what could not be measured. If all draws of a bootstrap lie
+    on one side of the value, as those of a minimum may, it is widened to it.
     """
     if math.isnan(found.value):
         return {"ours": None, "low": None, "high": None}

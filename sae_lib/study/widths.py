@@ -226,9 +226,13 @@ def fires_on(table: csc_array, tokens: Int[np.ndarray, " n_tokens"]) -> Int[np.n
     return found
 
 
+def used_tokens(study: Study) -> Bool[Tensor, " d_vocab"]:
+    """Tokens that occur at least 10 times in the first 20 million of the training text."""
+    return effects.used_tokens(study.tokens.tokens("train")[:20_000_000], study.vocabulary, SEEN)
+
+
 def _raises(study: Study, directions: Tensor) -> Int[np.ndarray, "n_units listed"]:
-    used = torch.from_numpy(np.bincount(study.tokens.tokens("train")[:20_000_000], minlength=len(study.vocabulary)) >= SEEN)
-    used[0] = False  # end-of-text
+    used = used_tokens(study)
     weights = (effects.logit_weights(study.transformer("A").model, part, used) for part in directions.split(1024))
     return np.concatenate([part.nan_to_num(-torch.inf).topk(LISTED).indices.numpy() for part in weights]).astype(np.int32)
 
