@@ -5,7 +5,7 @@
 The name that is not repeated is the indirect object. Which of the two comes first is told apart as ABBA and BABA. The names and
 all other words are this project's own; every name is one token, added to the tokenizer's vocabulary with the blank before it.
 Some names, and some ways to say it, are held out: they never stand in a sentence of this kind that a model is trained on.
-Held-out names are met in other sentences, so that a model knows them as names.
+Held-out names are met in other sentences, so that a model knows them as names, to whom something may be given.
 
 A model that was trained elsewhere is asked the same with those names that are one token of its own tokenizer. Nothing was held
 out of its training, nor was it trained on any sentence of these: what is said of known and of held out is not said of it.
@@ -71,16 +71,17 @@ OTHERS = ("The {thing} of {} is in the {place}.", "{} has a {thing}. It is the b
           "I asked {} about the {place}.", "The {place} belongs to {}. Nobody but {} has the key.",
           "{} likes the {place}. So {} is there every day.", "My friend {} bought a {thing}.",
           "This is the {place} of {}. You can find {} there.", "We waited for {} at the {place}.")
-DEALINGS = ("{0} lost the {thing} in a game with {1}. Now it belongs to {1}.",
-            "{0} bought the {thing} from {1}. Now it belongs to {0}.",
-            "{0} lost the {thing}, and {1} found it. Now it belongs to {1}.",
-            "{0} had the {thing}, now {1} has it. If you want it, go to {1}.",
-            "{0} is older than {1}. The oldest {thing} belongs to {0}.", "{0} is older than {1}. The newest {thing} belongs to {1}.",
-            "The {thing} was made by {0} and bought by {1}. We owe it to {0}.",
-            "The {place} was built by {0} and painted by {1}. We owe the colours to {1}.",
-            "{0} asked, and {1} answered. We owe the question to {0}.", "{0} asked, and {1} answered. We owe the answer to {1}.",
-            "The letter for {1} is from {0}. The address belongs to {1}.",
-            "{0} came to the {place} before {1}. The best {thing} belongs to {0}.")
+GIVERS = ("I", "we", "she", "he", "they", "the teacher", "a friend", "somebody")
+DEALINGS = ("{0} sold the {thing} to {1}. Now it belongs to {1}.", "{0} bought the {thing} from {1}. Now it belongs to {0}.",
+            "{0} lost the {thing} and {1} found it. Now you can get it from {1}.",
+            "{0} is older than {1}. The first in the {place} was {0}.", "{0} is older than {1}. The last in the {place} was {1}.",
+            "The {thing} was made by {0} and bought by {1}. It was the work of {0}.",
+            "The letter was written by {0} for {1}. It was read by {1}.",
+            "The {place} was built by {0} and painted by {1}. The colours are by {1}.",
+            "{0} asked a question, and {1} knew the answer. The question was from {0}.",
+            "{0} asked a question, and {1} knew the answer. The answer was from {1}.",
+            "{0} came to the {place} first, then {1}. The last to come was {1}.",
+            "Yesterday {0} had the {thing}, today {1} has it. Ask {1}.")
 SENTENCES = {"train": (MEETINGS, GIVINGS), "dev": (DEV_MEETINGS, DEV_GIVINGS), "held out": (HELD_OUT_MEETINGS, HELD_OUT_GIVINGS)}
 ENDINGS = (".", " at once.", " yesterday.", " again.", ", who smiled.")
 
@@ -136,15 +137,19 @@ class _Writer:
         return f" {self.one_of(OPENINGS)} {meeting}, {giving}"
 
     def document(self, known: Sequence[str], held_out: Sequence[str]) -> str:
-        """A sentence of the task, or, every other time, one about one person or two, most of whom are held out of the task."""
+        """A sentence of the task with known names, or, every other time, one about one person or two, as often held-out ones."""
         if self.rng.random() < 0.5:
             indirect, subject = self.two_of(known)
             return f"{self.task('train', indirect, subject, self.rng.random() < 0.5)} {indirect}{self.one_of(ENDINGS)}"
-        names = held_out if self.rng.random() < 0.5 else known
-        if self.rng.random() < 0.7:
+        names, kind = held_out if self.rng.random() < 0.5 else known, self.rng.random()
+        if kind < 0.5:
             return " " + self.filled(self.one_of(DEALINGS), *self.two_of(names))
-        frame = self.one_of(OTHERS)
-        return " " + self.filled(frame, *[self.one_of(names)] * frame.count("{}"))
+        name = self.one_of(names)
+        if kind < 0.7:
+            frame = self.one_of(OTHERS)
+            return " " + self.filled(frame, *[name] * frame.count("{}"))
+        giving = self.filled(self.one_of(GIVINGS), self.one_of(GIVERS))
+        return f" {name} was at the {self.one_of(PLACES)}, and {giving} {name}{self.one_of(ENDINGS)}"
 
 
 def training_contexts(tokenizer: Tokenizer, corpus: Int[Tensor, "n_corpus long"], n_contexts: int, n_ctx: int,
@@ -152,11 +157,12 @@ def training_contexts(tokenizer: Tokenizer, corpus: Int[Tensor, "n_corpus long"]
     """Text to train on: one short document a context, after an end-of-text and filled up with it; one in ten is a piece of the
     corpus, whose contexts are given.
 
-    Every other made-up document is a sentence of the task with known names; the others are about one person, or about two of whom
-    the sense says which is named last. Without the latter a model learns for each known name how strongly to copy it, and of two
-    held-out ones takes the one it copies more strongly. Where a sentence begins is where a context does: in long contexts full of
-    sentences, at hundreds of positions that a small model learns one by one, it learned to copy a name within millions of tokens,
-    but not to choose. `tokenizer` is one `with_names`.
+    Every other made-up document is a sentence of the task with known names. The others are about one person, also as one to whom
+    something is given, or about two of whom the sense says which is named last. Without these a model learns for each known name
+    how strongly to say it there, and of two held-out ones says the stronger: what is held out of the names is to choose by who
+    acts. Where a sentence begins is where a context does: in long contexts full of sentences, at hundreds of positions that a
+    small model learns one by one, it learned to copy a name within millions of tokens, but not to choose. `tokenizer` is one
+    `with_names`.
 
     Raises StudyError if half of the documents are too long for a context.
     """

@@ -165,3 +165,10 @@ def test_a_perfect_detector_has_correlation_one_and_a_shared_one_less():
     correlations = LabelCorrelations(2, 3)
     correlations.update(torch.stack([(labels == 1).float() * 7, (labels >= 1).float()], 1), labels)
     torch.testing.assert_close(correlations.pearson()[:, 1], torch.tensor([1.0, 0.5]))
+
+
+def test_text_is_taken_from_everywhere():
+    contexts = torch.arange(10)[:, None].expand(-1, 2)
+    text = Text(contexts, contexts, contexts)
+    assert text.spread(4).contexts[:, 0].tolist() == [0, 3, 6, 9]
+    assert len(text.spread(99).contexts) == 10

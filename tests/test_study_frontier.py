@@ -170,13 +170,6 @@ def test_a_leads_interval_draws_the_same_documents_for_both():
     assert (alone.high - alone.low).iloc[0] > 0.01
 
 
-def test_text_is_taken_from_everywhere():
-    contexts = torch.arange(10)[:, None].expand(-1, 2)
-    text = module.Text(contexts, contexts, contexts)
-    assert module.spread_over(text, 4).contexts[:, 0].tolist() == [0, 3, 6, 9]
-    assert len(module.spread_over(text, 99).contexts) == 10
-
-
 def test_an_interval_is_that_of_the_metrics():
     found = made(a=[(10, 1.25)], b=[(20, 1.5)])
     rng = np.random.default_rng(1)

@@ -37,7 +37,7 @@ class DeepSizes:
 
     transformer: TransformerConfig = TransformerConfig(n_tokens=7_000_000, n_layers=3)
     # The one for notebook 11, with names in its vocabulary besides; see `ioi.training_contexts` for the short contexts.
-    with_names: TransformerConfig = TransformerConfig(n_tokens=7_000_000, n_layers=3, n_ctx=34, batch_contexts=128)
+    with_names: TransformerConfig = TransformerConfig(n_tokens=8_000_000, n_layers=3, n_ctx=34, batch_contexts=128)
     dictionary: TrainConfig = TrainConfig(n_activations=4_000_000, batch_size=2048, l1_coefficient=2.0, lr=1e-3, lr_warmup=0.01,
                                           lr_decay=0.4, birth_density=0.005, resample_inputs=131_072)
     names_activations: int = 1_500_000  # on which dictionaries of the model with names are trained
