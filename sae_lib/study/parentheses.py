@@ -15,7 +15,7 @@ from sae_lib.study import cases, deep
 from sae_lib.study.cases import Unit
 from sae_lib.study.pipeline import Study
 from sae_lib.study.tables import flat
-from sae_lib.study.widths import SEEN
+from sae_lib.study.widths import used_tokens
 
 TOP = 10  # most raised tokens that are looked at
 COMMON = 100  # a feature for parentheses is active on as many validation tokens
@@ -81,9 +81,7 @@ def truths_of(study: Study, text: Text, closes: Bool[np.ndarray, " d_vocab"]) ->
 
 def _by_weights(study: Study, after: int, closes: Bool[np.ndarray, " d_vocab"]) -> pd.DataFrame:
     """The features that raise closing tokens most, of those that are common enough."""
-    model, sae = deep.transformer(study).model, deep.dictionary(study, after).model
-    used = torch.from_numpy(np.bincount(study.tokens.tokens("train")[:20_000_000], minlength=len(study.vocabulary)) >= SEEN)
-    used[0] = False  # end-of-text
+    model, sae, used = deep.transformer(study).model, deep.dictionary(study, after).model, used_tokens(study)
     weights = effects.logit_weights(model, sae.W_dec, used, of_residual=True)
     scaled = (weights / weights[:, used].std(1, keepdim=True))[:, used & torch.from_numpy(closes)].mean(1)
     active = torch.from_numpy(np.diff(cases.table(study, after, "validation").indptr))

@@ -226,10 +226,16 @@ def fires_on(table: csc_array, tokens: Int[np.ndarray, " n_tokens"]) -> Int[np.n
     return found
 
 
-def _raises(study: Study, directions: Tensor) -> Int[np.ndarray, "n_units listed"]:
+def used_tokens(study: Study) -> Bool[Tensor, " d_vocab"]:
+    """Which tokens occur SEEN times in the training text's first 20 million; never end-of-text."""
     used = torch.from_numpy(np.bincount(study.tokens.tokens("train")[:20_000_000], minlength=len(study.vocabulary)) >= SEEN)
-    used[0] = False  # end-of-text
-    weights = (effects.logit_weights(study.transformer("A").model, part, used) for part in directions.split(1024))
+    used[0] = False
+    return used
+
+
+def _raises(study: Study, directions: Tensor) -> Int[np.ndarray, "n_units listed"]:
+    model, used = study.transformer("A").model, used_tokens(study)
+    weights = (effects.logit_weights(model, part, used) for part in directions.split(1024))
     return np.concatenate([part.nan_to_num(-torch.inf).topk(LISTED).indices.numpy() for part in weights]).astype(np.int32)
 
 
