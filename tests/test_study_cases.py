@@ -185,4 +185,6 @@ def test_leaves_stand_one_below_the_other_and_targets_amid_their_causes():
 
 
 def test_numbers_for_the_scorecard():
-    assert case_figures.finite(1.0, 0.5) == (1.0, 0.5) and case_figures.finite(1.0, float("nan")) == (None, None)
+    assert case_figures.numbers(1.0, 0.5, 2.0) == {"ours": 1.0, "low": 0.5, "high": 2.0}
+    assert case_figures.numbers(3) == {"ours": 3, "low": None, "high": None}
+    assert case_figures.numbers(1.0, float("nan"), 2.0) == {"ours": None, "low": None, "high": None}

@@ -261,6 +261,7 @@ def spell(tokens: Sequence[int], vocabulary: Sequence[bytes], k: int = 6) -> str
     return " ".join(quoted(vocabulary[int(t)]) for t in tokens[:k]) if isinstance(tokens, list) else ""
 
 
-def finite(*numbers: Real) -> tuple[Real | None, ...]:
-    """The numbers, or as many None if one of them is not finite: what a row of the scorecard takes."""
-    return numbers if all(math.isfinite(number) for number in numbers) else (None,) * len(numbers)
+def numbers(value: Real, low: Real | None = None, high: Real | None = None) -> dict[str, Real | None]:
+    """What a row of the scorecard calls a number and the ends of its interval; all None if one of them is not finite."""
+    known = all(number is None or math.isfinite(number) for number in (value, low, high))
+    return dict(zip(("ours", "low", "high"), (value, low, high) if known else (None,) * 3, strict=True))
