@@ -6,7 +6,8 @@ activation is read again. Features are ranked by how much of it is lost; of the 
 layer.
 
 The first of a thousand candidates is flattered by having been chosen. So a ranking is made in some contexts and its numbers are
-measured in others, of other documents; and beside each stands another feature that is about as active where the target is.
+measured in others, of other documents; and beside each stands one of those that come nearest to it in activity where the target
+is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -136,8 +137,8 @@ class Causes(NamedTuple):
     """What a target owes to the layer before."""
 
     table: pd.DataFrame
-    """A row a feature: feature; kind ("cause", one of the first few, or "alike", for each of them a feature that is about as
-    active where the target is); ranked: share lost in the contexts that ranked it; value, low, high: in others; active: share of
+    """A row a feature: feature; kind ("cause", one of the first few, or "alike", for each of them one of the
+    nearest to it in activity where the target is); ranked: share lost in the contexts that ranked it; value, low, high: in others; active: share of
     those others in which it is active at the target's place; here: its mean activation there; cosine: of its direction and the
     target's, near 1 if it is the same feature a layer earlier. Last a row "together" of all causes."""
     ranking: Effects

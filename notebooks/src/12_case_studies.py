@@ -312,12 +312,11 @@ print(f"w · d = {w_d:.2f}: " + (f"subtracting the feature's part is the same at
 # %% tags=["slow"]
 of_case = {"apostrophe": Unit(last, int(top.number[last])), "parenthesis": Unit(last, int(first.number)), "apostrophe, early": Unit(1, int(top.number[1]))}
 compared = {case: edits.rank_one(run, case.split(",")[0], which) for case, which in of_case.items()}
-named = {edits.LEAST: "until the feature stops (less than rank one)", "rank one": "rank one, its direction", "LEACE": "rank one, LEACE's",
-         "rank one, random": "rank one, a random direction"}
+named = {edits.LEAST: "until the feature stops (less than rank one)", "rank one": "rank one, its direction", "LEACE": "rank one, LEACE's"}
 full = {case: found.curves[found.curves.strength == 1].set_index("edit") for case, found in compared.items()}
 ratio = {case: found.ratios.set_index(["measure", "edit"]) for case, found in compared.items()}
 # The claim has to hold against the better of the two.
-against = {(case, measure): ratio[case].loc[measure].loc[["rank one", "LEACE"]].sort_values("value", na_position="first").iloc[-1]
+against = {(case, measure): ratio[case].loc[measure].reindex(list(named)[1:]).sort_values("value", na_position="first").iloc[-1]
            for case in compared for measure in edits.BROKEN}
 titles = {case: f"{case.split(',')[0]}, feature {which.number} after layer {which.after}" for case, which in of_case.items()}
 told = "; ".join(f"{against[case, 'absent'].value:.2g} times the KL of the best rank-one edit where the concept is absent, {against[case, 'active'].value:.2g} where it is active unwanted "
@@ -326,7 +325,7 @@ sensitive = {"apostrophe": top.sensitivity[last], "parenthesis": first.sensitivi
 shares = ", ".join(f"{against[case, 'absent'].value:.2g} ({case})" for case in compared)
 study.show(case_figures.edits_figure({titles[case]: found for case, found in compared.items()}, named), "12-rank-one",
            claim=f"KL of less than rank one over the best rank-one edit's at equal effect, concept absent: {shares}",
-           alt=f"Six panels: a column a case, KL where the concept is absent above, where the feature is active unwanted below, against the log-likelihood lost where wanted, a line an edit. At equal effect: {told}.")
+           alt=f"Six panels on logarithmic axes: a column a case, KL where the concept is absent above, where the feature is active unwanted below, against the log-likelihood lost where wanted, a line an edit. At equal effect: {told}.")
 
 # %%
 pd.concat({titles[case]: found for case, found in ratio.items()}).round(2)
@@ -343,7 +342,7 @@ for case, edited in full.items():
         worst = against[case, measure]
         row(f"12.rank_one.{measure}.{key}", claim=f"{moved} breaks less than the best rank-one edit of equal effect {where}: its share of the KL", paper=None,
             paper_source="5 (less-than-rank-one ablation)", **numbers(*worst), verdict="reproduced" if worst.high < 1 else "partly" if worst.value < 1 else "not",
-            caveat=f"{least[measure]:.2g} nats; share of " + " and ".join(f"{named[edit]}, {r.value:.2f} ({r.low:.2f} to {r.high:.2f})" for edit, r in ratio[case].loc[measure].dropna().iterrows())
+            caveat=f"{least[measure]:.2g} nats; share of " + " and ".join(f"{named[edit]}, {r.value:.2f} ({r.low:.2f} to {r.high:.2f})" for edit, r in ratio[case].loc[measure].dropna().iterrows() if edit in named)
                    + f"; after layer {of_case[case].after} of {last}; paired bootstrap over documents")
 
 # %% [markdown]
@@ -404,9 +403,9 @@ for case, of_kind in parts.items():
 survey = causes.survey(run)
 middle, n, hits = survey.median(numeric_only=True), len(survey), int(survey.hit.sum())
 study.show(case_figures.survey_figure(survey), "12-survey",
-           claim=f"{n} features at random: the greatest cause takes {middle['first']:.0%}, another as active {middle.alike:.1%}; the greatest cosine is the greatest cause of {hits}" if n else
+           claim=f"{n} features at random: the greatest cause takes {middle['first']:.0%}, the nearest other in activity {middle.alike:.1%}; the greatest cosine is the greatest cause of {hits}" if n else
                  "No feature is strong in enough documents",
-           alt=f"Boxes with a point a feature, by layer. Left: share of activation lost (medians: greatest cause {middle['first']:.1%}, first four together {middle.together:.1%}, another feature as active there "
+           alt=f"Boxes with a point a feature, by layer. Left: share of activation lost (medians: greatest cause {middle['first']:.1%}, first four together {middle.together:.1%}, the nearest other in activity there "
                f"{middle.alike:.1%}). Right: rank correlation with cosines (medians {middle.encoder:.2f} and {middle.decoder:.2f}).")
 
 # %%
@@ -416,7 +415,7 @@ told_by_weights = share_interval(hits, n) if n > 1 else nothing_known
 drawn_from = f"drawn at random of those strong in {2 * run.profile.deep.tree_places} documents"
 row("12.tree.survey", claim=f"Share of activation lost with the greatest cause, median of features {drawn_from}", paper=None, paper_source="5 (causal tree)", **numbers(*lost),
     verdict="reproduced" if lost.low > luck.high else "partly" if lost.value > luck.value else "not",
-    caveat=f"{n} features; another as often active there {middle.alike:.1%} ({luck.low:.1%} to {luck.high:.1%}), mean activation {middle.there:.1f} against {middle.alike_there:.1f}; above it for "
+    caveat=f"{n} features; the nearest other in activity there {middle.alike:.1%} ({luck.low:.1%} to {luck.high:.1%}), mean activation {middle.there:.1f} against {middle.alike_there:.1f}; above it for "
            f"{(survey['first'] > survey.alike).sum()}; first four together {middle.together:.0%}; greatest cause and target have a median cosine of {middle.cosine:.2f}; interval over features")
 row("12.tree.weights", claim="Cosines of weights do not tell a feature's causes: share of features whose greatest cause has the greatest cosine", paper="no meaningful connections",
     paper_source="App. D (layer 4 to 5)", **numbers(*told_by_weights), verdict="reproduced" if told_by_weights.high < 0.25 else "partly" if told_by_weights.low < 0.25 else "not",
@@ -427,7 +426,7 @@ row("12.tree.weights", claim="Cosines of weights do not tell a feature's causes:
 #
 # - What a feature fires on and what it does are two measurements. Take both, and a ground truth that does not come from the feature.
 # - An edit that does less breaks less. Compare edits where they do as much, and count what they break on all other tokens.
-# - Causes are measured where they were not chosen, beside features that are as active there.
+# - Causes are measured where they were not chosen, beside those that come nearest in activity there.
 #
 # **Exercises.** 1 · Search for a feature of ",", of a line break, of `self`: which truth would you write down first? 2 · Ablate a cause
 # at the target's position only. Whose effect vanishes, and what does that say about attention? 3 · Grow the tree of a feature that you

@@ -144,29 +144,33 @@ def probability_figure(table: pd.DataFrame, places: Sequence[str], edits: Sequen
 
 
 def edits_figure(cases: dict[str, Compared], names: dict[str, str]) -> go.Figure:
-    """A column a case; KL against the effect where it is wanted, a line an edit, a point a strength, seen up to three times the
-    effect of the first edit, which a dotted line marks.
+    """A column a case; KL against the effect where it is wanted, a line an edit, a point a strength, about the whole effect of the
+    first edit, which a dotted line marks.
 
-    Above KL where the concept is absent, below where the feature is active and not wanted. `names` spells the edits, and the
-    first of them is drawn last.
+    Above KL where the concept is absent, below where the feature is active and not wanted. `names` spells the edits. Both axes are
+    logarithmic: lines between points are those along which equal effects are found.
     """
-    rows = {"absent": "KL where the concept is absent", "active": "KL where the feature is active<br>and this is not wanted"}
-    fig = make_subplots(rows=len(rows), cols=len(cases), horizontal_spacing=0.05, vertical_spacing=0.08, shared_xaxes=True,
+    rows = {"absent": "KL, concept absent", "active": "KL, active unwanted"}
+    fig = make_subplots(rows=len(rows), cols=len(cases), horizontal_spacing=0.06, vertical_spacing=0.06, shared_xaxes=True,
                         subplot_titles=list(cases))
     for col, found in enumerate(cases.values(), start=1):
-        full = found.curves.set_index(["edit", "strength"]).wanted[next(iter(names)), 1.0]
+        whole = -found.curves.set_index(["edit", "strength"]).wanted[next(iter(names)), 1.0]
+        near = found.curves[(-found.curves.wanted).between(whole / 20, whole * 8)]
         for row, (measure, title) in enumerate(rows.items(), start=1):
-            for i, (edit, name) in reversed(list(enumerate(names.items()))):
-                part = found.curves[found.curves.edit == edit]
-                fig.add_scatter(x=-part.wanted, y=part[measure].where(part[measure] > 0), name=name, legendgroup=edit, row=row,
-                                col=col, showlegend=(row, col) == (1, 1), mode="lines+markers", legendrank=i,
-                                line={"color": COLOURS[i]}, marker={"size": 7, "symbol": ("circle", "diamond", "square", "x")[i]})
-            if full < 0:
-                fig.add_vline(x=-full, line={"dash": "dot", "color": "#555555"}, row=row, col=col)
-                fig.update_xaxes(range=[0.3 * full, -3 * full], row=row, col=col)
-            fig.update_yaxes(type="log", dtick=1, exponentformat="power", title=title if col == 1 else "", row=row, col=col)
-        fig.update_xaxes(title="log-likelihood lost where wanted (nats)", row=len(rows), col=col)
-    return fig.update_layout(width=1100, height=640, legend={"orientation": "h", "y": -0.12, "yanchor": "top"})
+            for i, (edit, name) in enumerate(names.items()):
+                part = near[(near.edit == edit) & (near[measure] > 0)]
+                fig.add_scatter(x=-part.wanted, y=part[measure], name=name, legendgroup=edit, showlegend=(row, col) == (1, 1),
+                                mode="lines+markers", line={"color": COLOURS[i]}, row=row, col=col,
+                                marker={"size": 7, "symbol": ("circle", "diamond", "square")[i]})
+            if whole > 0:
+                fig.add_vline(x=whole, line={"dash": "dot", "color": "#555555"}, row=row, col=col)
+            fig.update_yaxes(type="log", dtick=1, exponentformat="power", title=f"{title} (nats)" if col == 1 else "", row=row,
+                             col=col)
+        if near.empty:
+            fig.add_scatter(x=[1], y=[1], mode="text", text=["nothing to compare on here"], showlegend=False, row=1, col=col)
+    fig.update_xaxes(type="log", dtick="D1", tickangle=0)
+    fig.update_xaxes(title="log-likelihood lost where wanted (nats)", row=len(rows), col=(len(cases) + 1) // 2)
+    return fig.update_layout(width=1100, height=620, legend={"orientation": "h", "y": -0.14, "yanchor": "top"})
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
@@ -241,7 +245,7 @@ def survey_figure(table: pd.DataFrame) -> go.Figure:
     """Two panels by layer, a point a feature: what ablating its causes takes; how weights rank the causes."""
     fig = make_subplots(cols=2, horizontal_spacing=0.12,
                         subplot_titles=["share of activation lost", "rank correlation with the causes"])
-    series = ((1, {"first": "greatest cause", "together": "first four together", "alike": "another, as active there"}),
+    series = ((1, {"first": "greatest cause", "together": "first four together", "alike": "another, nearest in activity there"}),
               (2, {"encoder": "cosine with what the target reads", "decoder": "cosine with its direction"}))
     for col, columns in series:
         for i, (column, name) in enumerate(columns.items()):

@@ -53,8 +53,8 @@ def survey(study: Study) -> pd.DataFrame:
     """The causes of features drawn at random, of every layer but the first.
 
     They are drawn among those that are strong in as many documents as ranking and measuring want. A row a feature: after,
-    feature; cosine (of the greatest cause with it); first, alike (share lost on ablating the greatest cause, and a feature that
-    is about as active where the target is), together (the first four), all measured where they were not ranked; there,
+    feature; cosine (of the greatest cause with it); first, alike (share lost on ablating the greatest cause, and one of those
+    nearest to it in activity where the target is), together (the first four), all measured where they were not ranked; there,
     alike_there: mean activation of the greatest cause and of the other at those places; encoder, decoder, hit: `weight_guess`.
     """
     def one(found: Layers, after: int, feature: int) -> dict:

@@ -23,7 +23,7 @@ from sae_lib.study.tables import flat
 
 LEAST = "until it stops"
 EDITS = (LEAST, "rank one", "LEACE", "rank one, random")
-STRENGTHS = tuple(2.0**-n for n in range(6, -1, -1))
+STRENGTHS = tuple(2.0 ** (-n / 2) for n in range(12, -1, -1))
 BROKEN = ("absent", "active")
 
 
