@@ -137,10 +137,10 @@ class Causes(NamedTuple):
     """What a target owes to the layer before."""
 
     table: pd.DataFrame
-    """A row a feature: feature; kind ("cause", one of the first few, or "alike", for each of them one of the
-    nearest to it in activity where the target is); ranked: share lost in the contexts that ranked it; value, low, high: in others; active: share of
-    those others in which it is active at the target's place; here: its mean activation there; cosine: of its direction and the
-    target's, near 1 if it is the same feature a layer earlier. Last a row "together" of all causes."""
+    """A row a feature: feature; kind ("cause", one of the first few, or "alike", for each of them one of those nearest to it in
+    activity where the target is); ranked: share lost in the contexts that ranked it; value, low, high: in others; active: share
+    of those others in which it is active at the target's place; here: its mean activation there; cosine: of its direction and
+    the target's, near 1 if it is the same feature a layer earlier. Last a row "together" of all causes."""
     ranking: Effects
     """All features in the contexts of the ranking."""
 

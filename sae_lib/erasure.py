@@ -32,29 +32,21 @@ from sae_lib.transformer import Transformer
 RIDGE = 1e-6  # of the mean variance: activations may span less than all their numbers
 
 
-def reach(sae: SAE, feature: int) -> float:
-    """By how much a feature's activation falls for each unit that x is moved back along its direction: w . d.
-
-    Raises StudyError if there is no such feature, or if moving back does not make it fall.
-    """
-    if not 0 <= feature < len(sae.W_dec):
-        raise StudyError(f"There is no feature {feature}; give a number from 0 to {len(sae.W_dec) - 1}.")
-    found = float(sae.W_enc[:, feature] @ sae.W_dec[feature])
-    if found <= 0:
-        raise StudyError(f"Feature {feature} reads nothing of its own direction (w . d is {found:.2g}), so no step back along it "
-                         "makes it stop; take another feature.")
-    return found
-
-
 def silence(sae: SAE, feature: int) -> ResidualEdit:
     """Move x back along a feature's direction just until the feature is no longer active; leave it where it is not (C5).
 
-    Raises StudyError as `reach` does, or if activations are not relu(w . (x - b_dec) + b_enc).
+    Each unit that x is moved back takes w . d from what is inside relu(w . (x - b_dec) + b_enc). Raises StudyError if there is no
+    such feature, if moving back does not make it fall, or if the dictionary's activations are of another form.
     """
     if sae.architecture != SAE.architecture:
         raise StudyError(f"How far back a feature of a {sae.architecture} dictionary stops is not known from its weights; take "
                          f"one of a {SAE.architecture} dictionary.")
-    w_d = reach(sae, feature)
+    if not 0 <= feature < len(sae.W_dec):
+        raise StudyError(f"There is no feature {feature}; give a number from 0 to {len(sae.W_dec) - 1}.")
+    w_d = float(sae.W_enc[:, feature] @ sae.W_dec[feature])
+    if w_d <= 0:
+        raise StudyError(f"Feature {feature} reads nothing of its own direction (w . d is {w_d:.2g}), so no step back along it "
+                         "makes it stop; take another feature.")
     return lambda x: x - sae.encode(x, [feature]) / w_d * sae.W_dec[feature]
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from texts import scrambled
 
 from sae_lib import effects, residual
-from sae_lib.erasure import damage, leace, logits_at, part_of_the_way, project_out, reach, silence
+from sae_lib.erasure import damage, leace, logits_at, part_of_the_way, project_out, silence
 from sae_lib.errors import StudyError
 from sae_lib.sae import SAE, GatedSAE, SAEConfig
 from sae_lib.seeds import generator
@@ -30,7 +30,6 @@ def test_less_than_rank_one_by_hand():
     sae = small([2.0, 1.0], [1.0, 0.0], -1.0)
     x = torch.tensor([[3.0, 1.0], [0.0, 0.5]])  # f = 2*3 + 1 - 1 = 6, and relu(-0.5) = 0
     assert sae.encode(x, [0]).tolist() == [[6.0], [0.0]]
-    assert reach(sae, 0) == 2.0
     assert silence(sae, 0)(x).tolist() == [[0.0, 1.0], [0.0, 0.5]]  # 3 - 6 / 2
     assert effects.pin(sae, 0, 0.0)(x).tolist() == [[-3.0, 1.0], [0.0, 0.5]]  # 3 - 6
     assert project_out(torch.tensor([5.0, 0.0]), torch.tensor([1.0, 7.0]))(x).tolist() == [[1.0, 1.0], [1.0, 0.5]]

@@ -144,11 +144,11 @@ def probability_figure(table: pd.DataFrame, places: Sequence[str], edits: Sequen
 
 
 def edits_figure(cases: dict[str, Compared], names: dict[str, str]) -> go.Figure:
-    """A column a case; KL against the effect where it is wanted, a line an edit, a point a strength, about the whole effect of the
-    first edit, which a dotted line marks.
+    """A column a case; KL against the effect where it is wanted, a line an edit, a point a strength, about the whole effect of
+    the first edit, which a dotted line marks.
 
-    Above KL where the concept is absent, below where the feature is active and not wanted. `names` spells the edits. Both axes are
-    logarithmic: lines between points are those along which equal effects are found.
+    Above KL where the concept is absent, below where the feature is active and not wanted. `names` spells the edits. Both axes
+    are logarithmic: lines between points are those along which equal effects are found.
     """
     rows = {"absent": "KL, concept absent", "active": "KL, active unwanted"}
     fig = make_subplots(rows=len(rows), cols=len(cases), horizontal_spacing=0.06, vertical_spacing=0.06, shared_xaxes=True,

@@ -36,7 +36,7 @@ class Compared(NamedTuple):
     is wanted), each with _low and _high, in nats; untouched: share of tokens that are left exactly as they are."""
     ratios: pd.DataFrame
     """What LEAST breaks over what another edit breaks at the strength at which it does as much: edit, measure (one of BROKEN),
-    value, low, high, with a paired bootstrap over documents."""
+    value, low, high, with a paired bootstrap over documents; draws in which LEAST does nothing of what it is for are left out."""
 
 
 def rank_one(study: Study, case: str, unit: Unit) -> Compared:
