@@ -47,7 +47,7 @@ def rank_one(study: Study, case: str, unit: Unit) -> Compared:
 
     def make(out: Path, _: Path) -> None:
         for name, table in _compare(study, case, unit)._asdict().items():
-            table.to_json(out / f"{name}.json", orient="records", double_precision=6)
+            table.to_json(out / f"{name}.json", orient="records")
 
     artefact = study.store.stage(f"case_rank_one_{case}_{unit.after}", config, make, inputs=cases.inputs(study))
     return Compared(*(pd.read_json(artefact.path / f"{name}.json", orient="records") for name in Compared._fields))
