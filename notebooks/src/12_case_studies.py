@@ -106,9 +106,9 @@ nearest = {after: found.value.idxmin() for after, found in ahead.items() if len(
 told = "; ".join(f"{mean_scores[a].value['feature']:.2f} against {mean_scores[a].value[kind]:.2f} ({cuts[kind]}) after layer {a}" for a, kind in nearest.items())
 study.show(case_figures.scores_figure(mean_scores, cuts), "12-scores", claim=f"Mean score of features and of the next best kind: {told or 'too few scores'}",
            alt="Mean scores by layer and kind, with intervals. " + " ".join(f"After layer {after}: {text}." for after, text in said_of.items()))
-leads = [found.value.min() if len(found) else np.nan for found in ahead.values()]
-print("Features are ahead of the next best kind by " + ", ".join(f"{lead:+.2f}" for lead in leads) + " after layers 1, 2, 3 ...: "
-      + ("most" if leads[0] == max(leads) else "not most") + " after the first.")
+leads = {after: found.value.min() if len(found) else np.nan for after, found in ahead.items()}
+print("Features less the next best kind: " + ", ".join(f"{value:+.2f} after layer {after}" for after, value in leads.items())
+      + f"; {'most' if leads[layers[0]] == max(leads.values()) else 'not most'} after the first")
 
 # %% [markdown]
 # Random fragments alone are the harder question: there a strong firing is rare, and an explanation that only knows the strongest
@@ -285,7 +285,7 @@ row("12.parenthesis.pin", claim="Change of the probability of closing when it is
 # the feature's part f d; in ours that is the same edit at strength w · d. **Check yourself** in the next cell.
 #
 # *Rank one* means: everywhere in the text the component along a direction is set to its mean. Beside the feature's direction we take
-# LEACE's, the smallest edit after which no linear probe finds the concept, and a random direction.
+# LEACE's, the smallest edit after which no linear probe finds the concept (it alone is told where the concept is), and a random one.
 #
 # An edit that does little also breaks little: to do nothing breaks nothing. So each is made at strengths t from 1/64 to 1, as
 # x + t (edit(x) − x), and they are compared where they do as much of what they are *for*: there the model should go on with "s", or
@@ -327,7 +327,13 @@ study.show(case_figures.edits_figure({titles[case]: found for case, found in com
            claim=f"KL of less than rank one over the best rank-one edit's at equal effect, concept absent: {shares}",
            alt=f"Six panels on logarithmic axes: a column a case, KL where the concept is absent above, where the feature is active unwanted below, against the log-likelihood lost where wanted, a line an edit. At equal effect: {told}.")
 
+# %% [markdown]
+# The table has the KL of moving back until the feature stops over that of each other edit, at equal effect; nan where that edit does
+# not do as much at any strength.
+
 # %%
+for case in compared:
+    print(f"{titles[case]} is active on {sensitive[case]:.0%} of the concept's tokens: {against[case, 'absent'].value:.2g} times the KL of the better rank-one edit")
 pd.concat({titles[case]: found for case, found in ratio.items()}).round(2)
 
 # %%

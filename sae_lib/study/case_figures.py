@@ -164,11 +164,11 @@ def edits_figure(cases: dict[str, Compared], names: dict[str, str]) -> go.Figure
                                 marker={"size": 7, "symbol": ("circle", "diamond", "square")[i]})
             if whole > 0:
                 fig.add_vline(x=whole, line={"dash": "dot", "color": "#555555"}, row=row, col=col)
-            fig.update_yaxes(type="log", dtick=1, exponentformat="power", title=f"{title} (nats)" if col == 1 else "", row=row,
-                             col=col)
+            fig.update_yaxes(type="log", dtick=1, exponentformat="power", row=row, col=col,
+                             title={"text": f"{title} (nats)" if col == 1 else "", "font": {"size": 13}})
         if near.empty:
             fig.add_scatter(x=[1], y=[1], mode="text", text=["nothing to compare on here"], showlegend=False, row=1, col=col)
-    fig.update_xaxes(type="log", dtick="D1", tickangle=0)
+    fig.update_xaxes(type="log", dtick="D2", tickangle=0)
     fig.update_xaxes(title="log-likelihood lost where wanted (nats)", row=len(rows), col=(len(cases) + 1) // 2)
     return fig.update_layout(width=1100, height=620, legend={"orientation": "h", "y": -0.14, "yanchor": "top"})
 
