@@ -408,8 +408,9 @@ for case, of_kind in parts.items():
 # %% tags=["slow"]
 survey = causes.survey(run)
 middle, n, hits = survey.median(numeric_only=True), len(survey), int(survey.hit.sum())
+drawn_from = f"drawn at random of those strong in {2 * run.profile.deep.tree_places} documents"
 study.show(case_figures.survey_figure(survey), "12-survey",
-           claim=f"{n} features at random: the greatest cause takes {middle['first']:.0%}, the nearest other in activity {middle.alike:.1%}; the greatest cosine is the greatest cause of {hits}" if n else
+           claim=f"{n} features {drawn_from}: the greatest cause takes {middle['first']:.0%}, the nearest other in activity {middle.alike:.1%}; the greatest cosine is the greatest cause of {hits}" if n else
                  "No feature is strong in enough documents",
            alt=f"Boxes with a point a feature, by layer. Left: share of activation lost (medians: greatest cause {middle['first']:.1%}, first four together {middle.together:.1%}, the nearest other in activity there "
                f"{middle.alike:.1%}). Right: rank correlation with cosines (medians {middle.encoder:.2f} and {middle.decoder:.2f}).")
@@ -418,7 +419,6 @@ study.show(case_figures.survey_figure(survey), "12-survey",
 nothing_known = Interval(np.nan, np.nan, np.nan)
 lost, luck = (unit_interval(survey[column], seed=SEED) if n > 1 else nothing_known for column in ("first", "alike"))
 told_by_weights = share_interval(hits, n) if n > 1 else nothing_known
-drawn_from = f"drawn at random of those strong in {2 * run.profile.deep.tree_places} documents"
 row("12.tree.survey", claim=f"Share of activation lost with the greatest cause, median of features {drawn_from}", paper=None, paper_source="5 (causal tree)", **numbers(*lost),
     verdict="reproduced" if lost.low > luck.high else "partly" if lost.value > luck.value else "not",
     caveat=f"{n} features; the nearest other in activity there {middle.alike:.1%} ({luck.low:.1%} to {luck.high:.1%}), mean activation {middle.there:.1f} against {middle.alike_there:.1f}; above it for "
