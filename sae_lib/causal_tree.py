@@ -6,7 +6,8 @@ activation is read again. Features are ranked by how much of it is lost; of the 
 layer.
 
 The first of a thousand candidates is flattered by having been chosen. So a ranking is made in some contexts and its numbers are
-measured in others, of other documents; and beside them stand features drawn at random among those that are as often active.
+measured in others, of other documents; and beside each stands one of those that come nearest to it in activity where the target
+is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,13 +24,14 @@ from torch import Tensor
 from sae_lib import features, residual
 from sae_lib.errors import StudyError
 from sae_lib.evaluate import Text
-from sae_lib.metrics import Interval, bootstrap_interval
+from sae_lib.metrics import mean_interval
 from sae_lib.sae import SAE
 from sae_lib.seeds import numpy_generator
 from sae_lib.transformer import Transformer
 
 CANDIDATES = 128  # ablated at once
 PLACES = 20  # the paper's number of contexts
+ALIKE = 3  # features nearest to a cause in activity, of which one is drawn to stand beside it
 
 
 class Layers(NamedTuple):
@@ -49,6 +51,8 @@ class Effects(NamedTuple):
     """Share of the target's activation that ablating the feature takes away; below 0 if it adds to it; 0 where it is inactive."""
     active: Bool[np.ndarray, "places n_before"]
     """Whether the feature is active anywhere up to the place."""
+    here: Float[np.ndarray, "places n_before"]
+    """Its activation at the place itself."""
 
     @property
     def mean(self) -> Float64[np.ndarray, " n_before"]:
@@ -98,7 +102,7 @@ def effects(layers: Layers, after: int, feature: int, places: Int[np.ndarray, " 
     allowed = torch.zeros(n_before, dtype=torch.bool)
     allowed[slice(None) if candidates is None else list(candidates)] = True
     lost = np.zeros((len(places), n_before), dtype=np.float32)
-    active = np.zeros((len(places), n_before), dtype=bool)
+    active, here = np.zeros((len(places), n_before), dtype=bool), np.zeros((len(places), n_before), dtype=np.float32)
     directions = layers.dictionaries[after - 1].W_dec
     for i, place in enumerate(places.tolist()):
         resid, codes = _before(layers, after, place)
@@ -107,8 +111,8 @@ def effects(layers: Layers, after: int, feature: int, places: Int[np.ndarray, " 
         taken = (codes[:, few].T[..., None] * directions[few][:, None] for few in chosen.split(CANDIDATES) if len(few))
         if len(chosen):
             lost[i, chosen.numpy()] = _lost(layers, after, feature, resid, taken)
-        active[i] = fires.numpy()
-    return Effects(lost, active)
+        active[i], here[i] = fires.numpy(), codes[-1].numpy()
+    return Effects(lost, active, here)
 
 
 @torch.no_grad()
@@ -122,23 +126,18 @@ def together(layers: Layers, after: int, feature: int, places: Int[np.ndarray, "
     return np.array(found, dtype=np.float32)
 
 
-def mean_interval(values: Float[np.ndarray, " places"], **draws: int) -> Interval:
-    """The mean over places, each of a document of its own, with a bootstrap over them (`draws`: its seed and n_boot)."""
-    return bootstrap_interval(np.stack([values, np.ones(len(values))], 1), lambda t: t[..., 0] / t[..., 1], **draws)
-
-
 # --- causes ----------------------------------------------------------------------------------------------------------
 
 class Causes(NamedTuple):
     """What a target owes to the layer before."""
 
     table: pd.DataFrame
-    """A row a feature: feature; kind ("cause", one of the first few, or "random"); ranked: share lost in the contexts that ranked
-    it; value, low, high: in others; active: share of those others in which it is active; cosine: of its direction and the
-    target's, near 1 if it is the same feature a layer earlier. Last a row "together" of all causes."""
+    """A row a feature: feature; kind ("cause", one of the first few, or "alike", for each of them one of those nearest to it in
+    activity where the target is); ranked: share lost in the contexts that ranked it; value, low, high: in others; active: share
+    of those others in which it is active at the target's place; here: its mean activation there; cosine: of its direction and
+    the target's, near 1 if it is the same feature a layer earlier. Last a row "together" of all causes."""
     ranking: Effects
     """All features in the contexts of the ranking."""
-    n_checked: int
 
 
 def causes(layers: Layers, after: int, feature: int, n_causes: int, n_places: int = PLACES, seed: int = 0,
@@ -158,28 +157,29 @@ def causes(layers: Layers, after: int, feature: int, n_causes: int, n_places: in
     ranked_in, checked_in = places[::2], places[1::2]
     ranking = effects(layers, after, feature, ranked_in)
     chosen = np.argsort(-ranking.mean, kind="stable")[:n_causes]
-    random = _as_often(ranking, chosen, numpy_generator(seed, f"random causes after {after}", feature))
-    check = effects(layers, after, feature, checked_in, [*chosen.tolist(), *random.tolist()])
+    alike = _alike(ranking, chosen, numpy_generator(seed, f"alike after {after}", feature))
+    check = effects(layers, after, feature, checked_in, [*chosen.tolist(), *alike.tolist()])
     normal = torch.nn.functional.normalize
     cosine = normal(layers.dictionaries[after - 1].W_dec, dim=1) @ normal(layers.dictionaries[after].W_dec[feature], dim=0)
     rows = [{"feature": int(unit), "kind": kind, "ranked": ranking.mean[unit],
-             **mean_interval(check.lost[:, unit], seed=seed, n_boot=n_boot)._asdict(), "active": check.active[:, unit].mean(),
-             "cosine": float(cosine[unit])}
-            for kind, units in (("cause", chosen), ("random", random)) for unit in units]
-    joint = {"feature": -1, "kind": "together", "ranked": np.nan, "active": 1.0, "cosine": np.nan,
+             **mean_interval(check.lost[:, unit], seed=seed, n_boot=n_boot)._asdict(),
+             "active": (check.here[:, unit] > 0).mean(), "here": check.here[:, unit].mean(), "cosine": float(cosine[unit])}
+            for kind, units in (("cause", chosen), ("alike", alike)) for unit in units]
+    joint = {"feature": -1, "kind": "together", "ranked": np.nan, "active": np.nan, "here": np.nan, "cosine": np.nan,
              **mean_interval(together(layers, after, feature, checked_in, chosen.tolist()), seed=seed, n_boot=n_boot)._asdict()}
-    return Causes(pd.DataFrame([*rows, joint]), ranking, len(checked_in))
+    return Causes(pd.DataFrame([*rows, joint]), ranking)
 
 
-def _as_often(ranking: Effects, chosen: Int[np.ndarray, " chosen"], rng: np.random.Generator) -> Int[np.ndarray, " chosen"]:
-    """For each chosen feature another, at random among the ten that are active in most nearly as many of the places."""
-    often, found = ranking.active.sum(0), []
+def _alike(ranking: Effects, chosen: Int[np.ndarray, " chosen"], rng: np.random.Generator) -> Int[np.ndarray, " chosen"]:
+    """For each chosen feature another: one of the three, at random, that are nearest to it in activity at the target's places.
+
+    Nearest are those active at nearly as many of the places; of them, those of nearly the same mean activation there.
+    """
+    often, strength, found = (ranking.here > 0).sum(0), ranking.here.mean(0), []
     for unit in chosen:
-        gap = np.abs(often - often[unit]).astype(float)
-        gap[np.concatenate([chosen, found]).astype(int)] = np.inf
-        nearest = rng.permutation(len(gap))
-        nearest = nearest[np.argsort(gap[nearest], kind="stable")][:10]
-        found.append(int(rng.choice(nearest[np.isfinite(gap[nearest])])))
+        nearest = np.lexsort((np.abs(strength - strength[unit]), np.abs(often - often[unit])))
+        nearest = nearest[~np.isin(nearest, [*chosen, *found])][:ALIKE]
+        found.append(int(rng.choice(nearest)))
     return np.array(found, dtype=int)
 
 
@@ -187,7 +187,7 @@ def grow(layers: Layers, after: int, feature: int, branches: Sequence[int], n_pl
          n_boot: int = 1000) -> pd.DataFrame:
     """The tree of a feature's causes: `branches[0]` of them a layer before, `branches[1]` of each of these, and so on.
 
-    A row a node: node, parent (-1: the target itself), after, feature, and the columns of `Causes.table`; random features and the
+    A row a node: node, parent (-1: the target itself), after, feature, and the columns of `Causes.table`; features alike and the
     rows "together" are leaves of their target. So is a cause of the first dictionary, or strong in too few documents.
 
     Raises StudyError as `causes` does, for the target itself.

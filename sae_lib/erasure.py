@@ -10,12 +10,15 @@ far. With f the feature's activation, w its encoder column and d its decoder row
 - `leace`: the least change after which no linear function of x tells a concept (Belrose et al. 2023): rank one, along another
   direction.
 
-What an edit is for and what it breaks are measured on different tokens.
+What an edit is for and what it breaks are measured on different tokens, and one edit breaks less than another only if it does so
+where both do as much of what they are for: each is therefore taken at several strengths (`part_of_the_way`).
 """
 
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -29,26 +32,21 @@ from sae_lib.transformer import Transformer
 RIDGE = 1e-6  # of the mean variance: activations may span less than all their numbers
 
 
-def reach(sae: SAE, feature: int) -> float:
-    """By how much a feature's activation falls for each unit that x is moved back along its direction: w . d.
-
-    Raises StudyError if there is no such feature, or if moving back does not make it fall.
-    """
-    if not 0 <= feature < len(sae.W_dec):
-        raise StudyError(f"There is no feature {feature}; give a number from 0 to {len(sae.W_dec) - 1}.")
-    found = float(sae.W_enc[:, feature] @ sae.W_dec[feature])
-    if found <= 0:
-        raise StudyError(f"Feature {feature} reads nothing of its own direction (w . d is {found:.2g}), so no step back along it "
-                         "makes it stop; take another feature.")
-    return found
-
-
 def silence(sae: SAE, feature: int) -> ResidualEdit:
     """Move x back along a feature's direction just until the feature is no longer active; leave it where it is not (C5).
 
-    For a dictionary whose activations are relu(w . (x - b_dec) + b_enc). Raises StudyError as `reach` does.
+    Each unit that x is moved back takes w . d from what is inside relu(w . (x - b_dec) + b_enc). Raises StudyError if there is no
+    such feature, if moving back does not make it fall, or if the dictionary's activations are of another form.
     """
-    w_d = reach(sae, feature)
+    if sae.architecture != SAE.architecture:
+        raise StudyError(f"How far back a feature of a {sae.architecture} dictionary stops is not known from its weights; take "
+                         f"one of a {SAE.architecture} dictionary.")
+    if not 0 <= feature < len(sae.W_dec):
+        raise StudyError(f"There is no feature {feature}; give a number from 0 to {len(sae.W_dec) - 1}.")
+    w_d = float(sae.W_enc[:, feature] @ sae.W_dec[feature])
+    if w_d <= 0:
+        raise StudyError(f"Feature {feature} reads nothing of its own direction (w . d is {w_d:.2g}), so no step back along it "
+                         "makes it stop; take another feature.")
     return lambda x: x - sae.encode(x, [feature]) / w_d * sae.W_dec[feature]
 
 
@@ -56,6 +54,11 @@ def project_out(direction: Float[Tensor, " d_model"], mean: Float[Tensor, " d_mo
     """Give x everywhere the mean's component along a direction, of whatever length."""
     unit = direction / direction.norm()
     return lambda x: x - ((x - mean) @ unit)[..., None] * unit
+
+
+def part_of_the_way(edit: ResidualEdit, strength: float) -> ResidualEdit:
+    """An edit at a strength: 0 leaves x alone, 1 is the whole edit."""
+    return lambda x: x + strength * (edit(x) - x)
 
 
 def leace(acts: Float[Tensor, "n d_model"], concept: Bool[Tensor, " n"]) -> ResidualEdit:
@@ -89,21 +92,24 @@ class Damage(NamedTuple):
 
 
 @torch.no_grad()
-def damage(model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"], after: int, edit: ResidualEdit) -> Damage:
-    """Edit the residual stream `after` so many layers at all positions, and compare what the model predicts."""
-    found: list[Damage] = []
+def damage(model: Transformer, contexts: Int[Tensor, "n_contexts n_ctx"], after: int,
+           edits: Mapping[Hashable, ResidualEdit]) -> dict[Hashable, Damage]:
+    """Edit the residual stream `after` so many layers at all positions, in several ways, and compare what the model predicts."""
+    found: dict[Hashable, list[Damage]] = {name: [] for name in edits}
     for tokens in contexts.long().split(BATCH_CONTEXTS):
         resid = residual.activations(model, tokens, after)
-        edited = edit(resid)
-        ends = [residual.go_on(model, x, after) for x in (resid, edited)]
-        following = tokens.roll(-1, 1)
-        divergence, likelihood = torch.zeros(tokens.shape), torch.zeros(tokens.shape)
-        for i, pair in enumerate(zip(*ends, strict=True)):
-            clean, changed = (residual.unembed(model, end).log_softmax(-1) for end in pair)
-            divergence[i] = (clean.exp() * (clean - changed)).sum(-1)
-            likelihood[i, :-1] = (changed - clean).gather(1, following[i, :, None])[:-1, 0]
-        found.append(Damage(divergence, likelihood, (edited - resid).norm(dim=-1)))
-    return Damage(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        predict = lambda x: residual.unembed(model, x).log_softmax(-1)
+        clean = [predict(x) for x in residual.go_on(model, resid, after)]
+        following = tokens.roll(-1, 1)[..., None]
+        for name, edit in edits.items():
+            edited = edit(resid)
+            divergence, likelihood = torch.zeros(tokens.shape), torch.zeros(tokens.shape)
+            for i, (before, x) in enumerate(zip(clean, residual.go_on(model, edited, after), strict=True)):
+                changed = predict(x)
+                divergence[i] = F.kl_div(changed, before, reduction="none", log_target=True).sum(-1)
+                likelihood[i, :-1] = (changed - before).gather(1, following[i])[:-1, 0]
+            found[name].append(Damage(divergence, likelihood, (edited - resid).norm(dim=-1)))
+    return {name: Damage(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
 
 
 @torch.no_grad()

@@ -56,18 +56,17 @@ def as_fragments(values: np.ndarray, n_ctx: int) -> np.ndarray:
 
 def draw(acts: Float[np.ndarray, "n_fragments width"], allowed: Bool[np.ndarray, " n_fragments"], seed: int,
          unit: int) -> Drawn | None:
-    """5 fragments to explain from and 5 to ask, out of the 20 with the greatest activations, and 5 random others to ask.
+    """5 fragments to explain from and 5 to ask, out of the 20 with the greatest activations, and 5 random ones of the rest.
 
-    All of them are allowed, and the unit's activation varies on them; None if it varies on fewer than 20.
+    All of them are allowed, and the unit's activation varies on them; None if it varies on fewer than 25.
     """
     varied = np.flatnonzero(allowed & (np.ptp(acts, axis=1) > 0))
-    if len(varied) < TOP:
+    if len(varied) < TOP + EACH:
         return None
     rng = numpy_generator(seed, "fragments", unit)
     strongest = varied[np.argsort(-acts[varied].max(1), kind="stable")[:TOP]]
     top = rng.permutation(strongest)[:2 * EACH]
-    others = np.setdiff1d(varied, top)
-    return Drawn(top[:EACH], top[EACH:], rng.permutation(others)[:EACH])
+    return Drawn(top[:EACH], top[EACH:], rng.permutation(np.setdiff1d(varied, strongest))[:EACH])
 
 
 def levels(acts: Float[np.ndarray, "*n width"], maximum: float) -> Int[np.ndarray, "*n width"]:
@@ -75,10 +74,10 @@ def levels(acts: Float[np.ndarray, "*n width"], maximum: float) -> Int[np.ndarra
     return np.rint(LEVELS * acts / maximum).astype(int)
 
 
-def correlation(predicted: Float[np.ndarray, "n width"], true: Int[np.ndarray, "n width"]) -> float:
-    """Pearson's over all tokens; 0 where either is the same everywhere."""
+def correlation(predicted: Float[np.ndarray, "n width"], true: Float[np.ndarray, "n width"]) -> float:
+    """Pearson's over all tokens; 0 if the prediction is the same everywhere, nan if the truth is."""
     if np.ptp(predicted) == 0 or np.ptp(true) == 0:
-        return 0.0
+        return 0.0 if np.ptp(true) else np.nan
     return float(stats.pearsonr(predicted.ravel(), true.ravel()).statistic)
 
 
@@ -87,8 +86,8 @@ def score_units(table: csc_array, tokens: Int[np.ndarray, " n_tokens"], n_ctx: i
     """Explain some units of a table and score the explanations on other fragments.
 
     One row a unit: unit, varied (fragments on which it varies), top_random (the paper's score: 5 strong and 5 random fragments),
-    random_only (its control), skew and kurtosis (of all its activations, zeros included; excess), text, dropped ("" or why there
-    is no score).
+    random_only (its control), text, dropped ("" or why there is no score). Explainers see activations as whole levels; what they
+    predict is compared with activations as they are.
     Raises StudyError if table and text are not of the same tokens, or contexts are too short.
     """
     if table.shape[0] != len(tokens):
@@ -103,15 +102,14 @@ def score_units(table: csc_array, tokens: Int[np.ndarray, " n_tokens"], n_ctx: i
         acts = as_fragments(dense, n_ctx)
         drawn = draw(acts, allowed, seed, unit)
         row = {"unit": unit, "varied": int((np.ptp(acts, axis=1) > 0).sum()), "top_random": np.nan, "random_only": np.nan,
-               "skew": float(stats.skew(dense)), "kurtosis": float(stats.kurtosis(dense)), "text": "", "dropped": ""}
+               "text": "", "dropped": ""}
         rows.append(row)
         if drawn is None:
-            row["dropped"] = f"varies on fewer than {TOP} fragments"
+            row["dropped"] = f"varies on fewer than {TOP + EACH} fragments"
             continue
-        quantised = levels(acts, float(dense.max()))
         # Explainers speak of levels up to 9.
-        shown = Examples(pieces[drawn.shown], np.minimum(quantised[drawn.shown], 9), drawn.shown * FRAGMENT,
-                         ["Top fragments"] * EACH, np.ones(EACH))
+        seen = np.minimum(levels(acts[drawn.shown], float(dense.max())), 9)
+        shown = Examples(pieces[drawn.shown], seen, drawn.shown * FRAGMENT, ["Top fragments"] * EACH, np.ones(EACH))
         try:
             explanation = explainer.explain(shown, none, none)
             asked = np.concatenate([drawn.strong, drawn.random])
@@ -119,6 +117,6 @@ def score_units(table: csc_array, tokens: Int[np.ndarray, " n_tokens"], n_ctx: i
         except Unanswered as error:
             row["dropped"] = str(error)
             continue
-        row |= {"top_random": correlation(predicted, quantised[asked]), "text": explanation.text,
-                "random_only": correlation(predicted[EACH:], quantised[drawn.random])}
+        row |= {"top_random": correlation(predicted, acts[asked]), "text": explanation.text,
+                "random_only": correlation(predicted[EACH:], acts[drawn.random])}
     return pd.DataFrame(rows)

@@ -6,7 +6,7 @@ import torch
 from texts import make_text, scrambled, table
 
 from sae_lib import residual
-from sae_lib.causal_tree import Effects, Layers, causes, effects, grow, strong_places, together, weight_guess
+from sae_lib.causal_tree import Effects, Layers, _alike, causes, effects, grow, strong_places, together, weight_guess
 from sae_lib.errors import StudyError
 from sae_lib.features import activation_table
 from sae_lib.sae import SAE, SAEConfig
@@ -88,14 +88,15 @@ def test_effects_equal_ablations_through_the_bridge(layers):
             assert found.lost[i, unit] == pytest.approx(float(1 - changed / clean), abs=1e-3)
         codes = layers.dictionaries[1].encode(residual.activations(layers.model, tokens, 1)[0, :position + 1])
         assert (found.active[i] == (codes > 0).any(0).numpy()).all()
+        np.testing.assert_allclose(found.here[i], codes[-1], atol=1e-5)
     assert not np.delete(found.lost, [0, 5, 7, 9], axis=1).any()
 
 
 def test_causes_are_measured_where_they_were_not_ranked(layers):
     feature = strongest(layers, 2)
     found = causes(layers, 2, feature, 3, n_places=8, n_boot=50)
-    assert found.table.kind.tolist() == ["cause"] * 3 + ["random"] * 3 + ["together"]
-    assert (found.n_checked, len(found.ranking.lost)) == (8, 8)
+    assert found.table.kind.tolist() == ["cause"] * 3 + ["alike"] * 3 + ["together"]
+    assert len(found.ranking.lost) == 8
     ranked = found.table.ranked[:3].to_numpy()
     assert (np.diff(ranked) <= 0).all() and np.isclose(ranked[0], found.ranking.mean.max())
     assert found.table.feature[:6].is_unique
@@ -105,11 +106,20 @@ def test_causes_are_measured_where_they_were_not_ranked(layers):
     assert again.table.equals(found.table)
 
 
+def test_features_alike_are_as_often_active_at_the_place_and_then_as_strongly():
+    here = np.array([[5.0, 4.0, 9.0, 0.0, 0.0, 0.1], [5.0, 4.0, 9.0, 3.0, 0.0, 0.1], [5.0, 4.0, 9.0, 0.0, 0.0, 0.0]])
+    everywhere = Effects(np.zeros_like(here), np.ones(here.shape, dtype=bool), here)
+    drawn = {tuple(_alike(everywhere, np.array([0]), np.random.default_rng(seed)).tolist()) for seed in range(30)}
+    assert drawn == {(1,), (2,), (5,)}  # at all three places, as strong; stronger; at two of them: not what is active elsewhere
+    for seed in range(9):
+        assert len({0, 1, *_alike(everywhere, np.array([0, 1]), np.random.default_rng(seed)).tolist()}) == 4  # each but once
+
+
 def test_the_tree_has_its_branches_down_to_the_first_dictionary(layers):
     feature = strongest(layers, 2)
     tree = grow(layers, 2, feature, (2, 1), n_places=5, n_boot=20)
     assert (tree.node == np.arange(len(tree))).all()
-    assert tree[tree.parent == 0].kind.tolist() == ["cause"] * 2 + ["random"] * 2 + ["together"]
+    assert tree[tree.parent == 0].kind.tolist() == ["cause"] * 2 + ["alike"] * 2 + ["together"]
     assert set(tree[tree.parent > 0].after) <= {0}
     assert set(tree.parent[tree.parent > 0]) <= set(tree.node[(tree.kind == "cause") & (tree.after == 1)])
 
@@ -134,6 +144,6 @@ def test_guesses_from_weights():
     before.W_dec.copy_(torch.eye(4))
     target.W_enc.copy_(torch.tensor([[4.0], [3.0], [2.0], [-9.0]]))
     target.W_dec.copy_(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
-    ranking = Effects(np.array([[0.9, 0.5, 0.1, 0.0]], np.float32), np.array([[True, True, True, False]]))
+    ranking = Effects(np.array([[0.9, 0.5, 0.1, 0.0]], np.float32), np.array([[True, True, True, False]]), np.zeros((1, 4)))
     assert weight_guess(before, target, 0, ranking) == (pytest.approx(1), pytest.approx(-1), True)
     assert weight_guess(before, target, 0, ranking._replace(lost=-ranking.lost)) == (pytest.approx(-1), pytest.approx(1), False)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from texts import scrambled
 
 from sae_lib import effects, residual
-from sae_lib.erasure import damage, leace, logits_at, project_out, reach, silence
+from sae_lib.erasure import damage, leace, logits_at, part_of_the_way, project_out, silence
 from sae_lib.errors import StudyError
-from sae_lib.sae import SAE, SAEConfig
+from sae_lib.sae import SAE, GatedSAE, SAEConfig
 from sae_lib.seeds import generator
 from sae_lib.transformer import TransformerConfig
 
@@ -30,7 +30,6 @@ def test_less_than_rank_one_by_hand():
     sae = small([2.0, 1.0], [1.0, 0.0], -1.0)
     x = torch.tensor([[3.0, 1.0], [0.0, 0.5]])  # f = 2*3 + 1 - 1 = 6, and relu(-0.5) = 0
     assert sae.encode(x, [0]).tolist() == [[6.0], [0.0]]
-    assert reach(sae, 0) == 2.0
     assert silence(sae, 0)(x).tolist() == [[0.0, 1.0], [0.0, 0.5]]  # 3 - 6 / 2
     assert effects.pin(sae, 0, 0.0)(x).tolist() == [[-3.0, 1.0], [0.0, 0.5]]  # 3 - 6
     assert project_out(torch.tensor([5.0, 0.0]), torch.tensor([1.0, 7.0]))(x).tolist() == [[1.0, 1.0], [1.0, 0.5]]
@@ -65,6 +64,8 @@ def test_features_that_cannot_be_silenced():
         silence(small([0.0, 1.0], [1.0, 0.0]), 0)
     with pytest.raises(StudyError, match="no feature 1"):
         silence(small([1.0, 0.0], [1.0, 0.0]), 1)
+    with pytest.raises(StudyError, match="gated dictionary"):
+        silence(GatedSAE(SAEConfig(2, 1)), 0)
 
 
 def test_leace_leaves_no_correlation_and_moves_least():
@@ -98,13 +99,15 @@ def test_damage_equals_two_runs_of_the_bridge():
 
     hook = [(residual.hook_name(model, 1), lambda acts, hook: edit(acts))]
     clean, changed = model(tokens).log_softmax(-1), model.run_with_hooks(tokens, fwd_hooks=hook).log_softmax(-1)
-    found = damage(model, tokens, 1, edit)
+    found = damage(model, tokens, 1, {"edit": edit, "half": part_of_the_way(edit, 0.5)})
+    half, found = found["half"], found["edit"]
     torch.testing.assert_close(found.divergence, (clean.exp() * (clean - changed)).sum(-1), atol=1e-4, rtol=1e-3)
     change = (changed - clean)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(found.likelihood[:, :-1], change, atol=1e-4, rtol=1e-3)
     assert (found.likelihood[:, -1] == 0).all()
     moved = residual.activations(model, tokens, 1)[..., 0] > 0
     torch.testing.assert_close(found.norm, moved * push.norm(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(half.norm, found.norm / 2, atol=1e-4, rtol=1e-4)
 
     at = torch.tensor([0, 3, 11, 5, 7])
     for which, expected in ((None, clean), (edit, changed)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from texts import tiny_study
 
-from sae_lib import residual
+from sae_lib import punctuation, residual
 from sae_lib.study import apostrophes, case_figures, cases, causes, deep, edits, parentheses
 from sae_lib.study.cases import Unit
 from sae_lib.study.profiles import SMOKE
@@ -64,6 +64,18 @@ def test_units_are_read_in_the_order_they_are_given(study):
     np.testing.assert_array_equal(found.column(units[1]).tokens, np.flatnonzero(expected[:, 1] > 0))
 
 
+def ablation_of_s(study, after, feature):
+    """Change of the probability of "s" where the feature is active on an apostrophe, by way of the bridge's hooks."""
+    text, model, sae = cases.test_text(study), deep.transformer(study).model, deep.dictionary(study, after).model
+    acts = sae.encode(residual.activations(model, text.contexts.long(), after), [feature])[..., 0]
+    where = np.flatnonzero((acts.flatten() > 0).numpy() & punctuation.apostrophes(text.contexts, study.vocabulary).ravel())
+    rows, at = map(torch.from_numpy, np.divmod(cases.some_places(study, where, "apostrophe places"), text.contexts.shape[1]))
+    tokens, places = text.contexts[rows].long(), (torch.arange(len(rows)), at)
+    hook = (residual.hook_name(model, after), lambda x, hook: x - sae.encode(x, [feature]) * sae.W_dec[feature])
+    edited, clean = (logits[places].softmax(-1) for logits in (model.run_with_hooks(tokens, fwd_hooks=[hook]), model(tokens)))
+    return (edited - clean)[:, apostrophes.token(study, "s")].mean().item()
+
+
 def test_apostrophes(study, punctuated):
     found = apostrophes.apostrophe(study)
     assert found.units.role.value_counts().to_dict() == {"feature": 2, "best dimension": 2, "dimension it reads most": 2}
@@ -75,9 +87,11 @@ def test_apostrophes(study, punctuated):
     np.testing.assert_allclose(own.dropna().sum(axis=1), 1, atol=1e-5)
     assert (found.kinds.tokens > 0).tolist()[:2] == [punctuated] * 2
     assert found.effect.probability.notna().any() == (found.scale["places"] > 0)
-    changes = found.effect.groupby("role")[["logit", "probability"]].sum()
-    np.testing.assert_allclose(changes, 0, atol=0.05)  # a change that all tokens share is left out; probabilities add up to 1
-    if not punctuated:
+    assert found.effect.groupby("role").token.nunique().between(apostrophes.LOWERED, apostrophes.LOWERED + 2).all()
+    if punctuated:
+        assert ablation_of_s(study, int(found.best.after), int(found.best.number)) == pytest.approx(
+            found.effect.set_index(["role", "token"]).probability["feature", apostrophes.token(study, "s")], abs=1e-4)
+    else:
         assert not found.units.share.any() and found.scale["places"] == 0
     panels = {role: part for role, part in found.levels.groupby("role")}
     for figure in (case_figures.units_figure(found.units), case_figures.levels_figure(panels),
@@ -104,25 +118,65 @@ def test_parentheses(study, punctuated):
 
 
 def test_edits(study, punctuated):
-    if not punctuated:
-        pytest.skip("no concept to erase")
-    unit = Unit(2, int(parentheses.parenthesis(study).units.number.iloc[0]))
-    found = edits.rank_one(study, "parenthesis", unit).set_index("edit")
-    assert list(found.index) == list(edits.EDITS)
-    least = found.loc[["until it stops", "its part"]]
-    assert (least.collateral.fillna(0).abs() < 1e-6).all()  # after the last layer nothing mixes positions
-    assert (least.untouched >= found.untouched["rank one"]).all() and (found.collateral["rank one"] > 0)
-    assert case_figures.edits_figure({"parenthesis": found.reset_index()}, {edit: edit for edit in edits.EDITS}).data
+    after = 2
+    searched = apostrophes.apostrophe(study).units.set_index(["role", "after"]).number
+    for case, number in (("parenthesis", parentheses.parenthesis(study).units.number.iloc[0]),
+                         ("apostrophe", searched["feature", after])):
+        unit = Unit(after, int(number))
+        found = edits.rank_one(study, case, unit)
+        curves = found.curves.set_index(["edit", "strength"])
+        assert list(found.curves.edit) == [edit for edit in edits.EDITS for _ in edits.STRENGTHS]
+        assert list(found.curves.strength) == pytest.approx(list(edits.STRENGTHS) * len(edits.EDITS))
+        assert len(found.ratios) == len(edits.BROKEN) * (len(edits.EDITS) - 1)
+        assert case_figures.edits_figure({case: found}, {edit: edit for edit in edits.EDITS[:3]}).data
+        if not punctuated:
+            assert curves.wanted.isna().all() and found.ratios.value.isna().all()
+            continue
+        text = study.held_out("validation")
+        concept, wanted = edits._wanted(study, case, text)
+        following = np.roll(text.contexts.numpy(), -1, 1)[wanted]
+        assert wanted.any() and not (wanted & ~concept).any()
+        ends = np.flatnonzero(punctuation.closing(study.vocabulary)) if case == "parenthesis" else [
+            i for i, token in enumerate(study.vocabulary) if token == b"s"]
+        assert set(following.tolist()) <= set(ends)
+        assert (curves.untouched[edits.LEAST] > 0.5).all() and (curves.untouched["rank one"] == 0).all()
+        for edit in ("rank one", "LEACE"):
+            assert curves.absent[edit].is_monotonic_increasing and curves.absent[edit].iloc[0] > 0
 
 
-def test_trees_and_the_survey(study):
+def test_without_the_concept_all_but_leace_can_be_made(study, punctuated):
+    made = edits._edits(study, "parenthesis", Unit(2, 0))
+    assert ("LEACE" in made) == punctuated and {"rank one", "rank one, random"} <= set(made)
+
+
+def test_what_is_broken_at_equal_effect_by_hand():
+    effects, damages = np.array([1.0, 2.0, 4.0]), np.array([0.1, 0.4, 1.6])
+    assert edits.damage_at(2.0, effects, damages) == pytest.approx(0.4)
+    assert edits.damage_at(3.0, effects, damages) == pytest.approx(0.1 * 3**2)  # between, and here exactly, a power
+    assert edits.damage_at(2.0, np.array([-1.0, 2.0, 1.0]), damages) == pytest.approx(0.4)  # the least strength at which it does
+    for effect in (-1.0, 0.0, 0.5, 4.5):
+        assert np.isnan(edits.damage_at(effect, effects, damages))
+    document = np.array([1.0, 3.0])
+    sums = {(edits.LEAST, 1.0, "wanted"): -document, (edits.LEAST, 1.0, "absent"): 0.2 * document}
+    for strength in edits.STRENGTHS:
+        sums["rank one", strength, "wanted"] = -2 * strength * document
+        sums["rank one", strength, "absent"] = strength**2 * document
+    found = edits._at_equal_effect(sums, "rank one", "absent", {"seed": 0, "n_boot": 20})
+    assert found == pytest.approx((0.8, 0.8, 0.8))  # 0.2 against 0.25, at half of the strength, in every draw
+    assert np.isnan(edits._at_equal_effect(sums, "LEACE", "absent", {"seed": 0, "n_boot": 20}).value)
+
+
+def test_trees_and_the_survey(study, monkeypatch):
+    made = causes._layers(study)
+    each_its_own = torch.arange(len(made.text.contexts))[:, None].expand(made.text.documents.shape)
+    monkeypatch.setattr(causes, "_layers", lambda _: made._replace(text=made.text._replace(documents=each_its_own)))
     unit = Unit(2, int(np.diff(cases.table(study, 2, "test").indptr).argmax()))
     tree = causes.tree(study, "test", unit)
-    assert list(tree.columns) == list(causes.COLUMNS)
+    assert list(tree.columns) == list(causes.COLUMNS) and len(tree)
     assert case_figures.tree_figure(tree, study.vocabulary).data
     assert causes.tree(study, "first", Unit(1, 0)).empty  # no dictionary comes before it
     found = causes.survey(study)
-    assert list(found.columns) == list(causes.SURVEYED) and set(found.after) <= {2}
+    assert list(found.columns) == list(causes.SURVEYED) and set(found.after) == {2}
     assert case_figures.survey_figure(found).data
 
 
@@ -132,4 +186,6 @@ def test_leaves_stand_one_below_the_other_and_targets_amid_their_causes():
 
 
 def test_numbers_for_the_scorecard():
-    assert case_figures.finite(1.0, 0.5) == (1.0, 0.5) and case_figures.finite(1.0, float("nan")) == (None, None)
+    assert case_figures.numbers(1.0, 0.5, 2.0) == {"ours": 1.0, "low": 0.5, "high": 2.0}
+    assert case_figures.numbers(3) == {"ours": 3, "low": None, "high": None}
+    assert case_figures.numbers(1.0, float("nan"), 2.0) == {"ours": None, "low": None, "high": None}

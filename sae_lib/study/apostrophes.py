@@ -23,6 +23,7 @@ PROBED = 4  # most active features at its last token
 KINDS = {"'s": ("s",), "n't": ("t",), "'ll, 've, 'd, 're, 'm": ("ll", "ve", "d", "re", "m")}
 """Apostrophes by what follows them."""
 ABLATED = ("feature", "dimension it reads most")
+LOWERED = 12  # tokens that an ablation makes less likely: as many are listed
 
 
 class Apostrophe(NamedTuple):
@@ -41,9 +42,10 @@ class Apostrophe(NamedTuple):
     """The best feature for each of KINDS: kind, after, feature, pearson (test), and the share of its activation on apostrophes
     of each kind, as columns named like the kinds, and "other"."""
     effect: pd.DataFrame
-    """What ablating does where the best feature is active on an apostrophe: role (one of ABLATED), token, logit (mean change of
-    its logit, beyond that of the mean token: a change of all alike changes nothing), probability (mean change of its
-    probability), and for "s" and "t" low and high, of the probability, and logit_low and logit_high."""
+    """What ablating does where the best feature is active on an apostrophe, of the LOWERED tokens whose probability falls most,
+    "s" and "t": role (one of ABLATED), token, logit (mean change of its logit, beyond that of the mean token: a change of all
+    alike changes nothing), probability (mean change of its probability), and for "s" and "t" low and high, of the probability,
+    and logit_low and logit_high."""
     scale: dict[str, float]
     """places; by role the rank of "s" among the tokens whose logit falls ("... logit") and whose probability falls ("...
     probability"); and the probability of "s" as it is."""
@@ -55,7 +57,7 @@ class Apostrophe(NamedTuple):
         return rows.loc[rows.chosen_by.idxmax()]
 
 
-def _token(study: Study, text: str) -> int:
+def token(study: Study, text: str) -> int:
     """The last of the tokens that spell a text: byte-level vocabularies have single characters twice."""
     return max(i for i, token in enumerate(study.vocabulary) if token == text.encode())
 
@@ -103,7 +105,7 @@ def apostrophe(study: Study) -> Apostrophe:
                                    "contexts": study.profile.held_out_contexts, "text": study.profile.deep.case_text,
                                    "places": study.profile.deep.case_places, "probe": PROBE, "kinds": KINDS,
                                    "levels": cases.LEVELS}
-    artefact = study.store.stage("case_apostrophe", config, make, inputs=cases.inputs(study))
+    artefact = study.store.stage("case_apostrophe", config, make, inputs=cases.inputs(study), version=2)
     read = lambda name: pd.read_json(artefact.path / f"{name}.json", orient="records")
     return Apostrophe(*(read(name) for name in ("probe", "units", "levels", "kinds", "effect")),
                       json.loads((artefact.path / "scale.json").read_text()))
@@ -158,13 +160,13 @@ def _kinds(study: Study, chosen: dict[int, dict[str, tuple[Unit, float]]], units
 
 def _effect(study: Study, roles: dict[str, Unit], units: cases.Read, text: Text,
             truth: np.ndarray) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Mean change of every logit where the feature is active on apostrophes, if it, or a dimension, is ablated."""
+    """Mean change of logits where the feature is active on apostrophes, if it, or a dimension, is ablated."""
     unit = roles["feature"]
     model, sae = deep.transformer(study).model, deep.dictionary(study, unit.after).model
     where = units.column(unit).tokens
     places = cases.some_places(study, where[truth[where]], "apostrophe places")
     documents, scale, tables = flat(text.documents)[places], {"places": float(len(places))}, []
-    mean, said = cases.mean_of_stream(study, unit.after), [_token(study, "s"), _token(study, "t")]
+    mean, said = cases.mean_of_stream(study, unit.after), [token(study, "s"), token(study, "t")]
     axis = torch.eye(len(mean))[roles["dimension it reads most"].number]
     for role, edit in zip(ABLATED, (effects.pin(sae, unit.number, 0.0), erasure.project_out(axis, mean)), strict=True):
         found = cases.shift(study, text, unit.after, edit, places)
@@ -175,9 +177,9 @@ def _effect(study: Study, roles: dict[str, Unit], units: cases.Read, text: Text,
         rows = pd.DataFrame({"role": role, "token": range(model.cfg.d_vocab), **average})
         for name, end in (("logit", "logit_"), ("probability", "")):
             scale[f"{role} {name}"] = float((average[name] < average[name][said[0]]).sum() + 1)
-            for token in said:
-                value = cases.mean_of(change[name][:, token].numpy(), documents, cases.draws(study))
-                rows.loc[token, [f"{end}low", f"{end}high"]] = value.low, value.high
+            for letter in said:
+                value = cases.mean_of(change[name][:, letter].numpy(), documents, cases.draws(study))
+                rows.loc[letter, [f"{end}low", f"{end}high"]] = value.low, value.high
         scale["probability of s"] = float(found.clean.softmax(1)[:, said[0]].mean()) if len(places) else math.nan
-        tables.append(rows)
+        tables.append(rows.loc[sorted({*rows.probability.nsmallest(LOWERED).index, *said})])
     return pd.concat(tables, ignore_index=True), scale

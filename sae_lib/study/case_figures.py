@@ -10,14 +10,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.study.diagrams import escaped, spelled, token_list
+from sae_lib.study.edits import Compared
 from sae_lib.study.figures import COLOURS
 from sae_lib.token_classes import quoted
 
 FAINT = "#BBBBBB"
 SPLIT = (COLOURS[0], COLOURS[1], FAINT)  # of what a unit fires on: the truth, what resembles it, anything else
 PATTERN = ("", "/", "")
-FLOOR = 1e-7  # nats: where a logarithmic axis puts what is exactly 0
-EXACT = "exactly 0"
 
 
 def _bars(part: pd.DataFrame) -> dict:
@@ -55,13 +54,13 @@ def scores_figure(means: dict[int, pd.DataFrame], names: dict[str, str]) -> go.F
     return fig.update_yaxes(autorange="reversed").update_layout(width=1000, height=420)
 
 
-def levels_figure(units: dict[str, pd.DataFrame], share: bool = True) -> go.Figure:
+def levels_figure(units: dict[str, pd.DataFrame]) -> go.Figure:
     """A panel a unit (its caption): of its active tokens at each level of activation the share of each truth, in a stack; above
     each bar the number of tokens."""
     fig, seen = make_subplots(cols=len(units), shared_yaxes=True, subplot_titles=list(units), horizontal_spacing=0.05), set()
     for col, table in enumerate(units.values(), start=1):
         total = table.groupby("level").tokens.transform("sum")
-        heights = (table.tokens / total.where(total > 0)) if share else table.tokens
+        heights = table.tokens / total.where(total > 0)
         for truth, colour, shape in zip(table.truth.unique(), SPLIT, PATTERN, strict=False):
             part = table.truth == truth
             fig.add_bar(x=table.level[part], y=heights[part], width=table.width[part], name=truth, legendgroup=truth,
@@ -144,34 +143,34 @@ def probability_figure(table: pd.DataFrame, places: Sequence[str], edits: Sequen
     return fig.update_layout(barmode="group", height=460, legend={"orientation": "h", "y": -0.15, "yanchor": "top"})
 
 
-def edits_figure(cases: dict[str, pd.DataFrame], names: dict[str, str]) -> go.Figure:
-    """A row an edit, a colour a case; three panels: effect where wanted, KL where the feature is inactive, size of the edit.
+def edits_figure(cases: dict[str, Compared], names: dict[str, str]) -> go.Figure:
+    """A column a case; KL against the effect where it is wanted, a line an edit, a point a strength, about the whole effect of
+    the first edit, which a dotted line marks.
 
-    `names` spells the edits. What is exactly 0 stands at the left of a logarithmic axis, and says so.
+    Above KL where the concept is absent, below where the feature is active and not wanted. `names` spells the edits. Both axes
+    are logarithmic: lines between points are those along which equal effects are found.
     """
-    panels = (("wanted", "what it is for: change of<br>log-likelihood (nats)"), ("collateral", "what it breaks: KL where the<br>"
-              "feature is inactive (nats)"), ("norm", "how far it moves the stream,<br>mean over all tokens"))
-    fig = make_subplots(cols=3, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=[title for _, title in panels])
-    order = list(names)
-    for i, (case, table) in enumerate(cases.items()):
-        part = table.set_index("edit").reindex(order)
-        y = np.arange(len(order)) + (i - (len(cases) - 1) / 2) * 0.22
-        for col, (measure, _) in enumerate(panels, start=1):
-            value, low, high = (part[f"{measure}{end}"] for end in ("", "_low", "_high"))
-            if col > 1:
-                value, low, high = (end.clip(lower=FLOOR) for end in (value, low, high))
-            exact = [EXACT if col > 1 and number == 0 else "" for number in part[measure]]
-            fig.add_scatter(x=value, y=y, name=case, legendgroup=case, showlegend=col == 1, mode="markers+text", text=exact,
-                            textposition="middle right", textfont={"size": 10}, row=1, col=col,
-                            marker={"color": COLOURS[i], "size": 10, "symbol": ("circle", "diamond", "square")[i % 3]},
-                            error_x={"array": high - value, "arrayminus": value - low, "thickness": 1.2})
-    fig.update_yaxes(tickvals=np.arange(len(order)), ticktext=[names[edit] for edit in order], range=[len(order) - 0.5, -0.5],
-                     zeroline=False)
-    for col in (2, 3):
-        fig.update_xaxes(type="log", dtick=1, exponentformat="power", tickangle=0, row=1, col=col)
-    fig.update_xaxes(dtick=2, row=1, col=2)
-    # Room for panel titles of two lines below the title.
-    return fig.update_layout(width=1100, height=550, margin={"t": 105}, legend={"orientation": "h", "y": -0.12, "yanchor": "top"})
+    rows = {"absent": "KL, concept absent", "active": "KL, active unwanted"}
+    fig = make_subplots(rows=len(rows), cols=len(cases), horizontal_spacing=0.06, vertical_spacing=0.06, shared_xaxes=True,
+                        subplot_titles=list(cases))
+    for col, found in enumerate(cases.values(), start=1):
+        whole = -found.curves.set_index(["edit", "strength"]).wanted[next(iter(names)), 1.0]
+        near = found.curves[(-found.curves.wanted).between(whole / 20, whole * 8)]
+        for row, (measure, title) in enumerate(rows.items(), start=1):
+            for i, (edit, name) in enumerate(names.items()):
+                part = near[(near.edit == edit) & (near[measure] > 0)]
+                fig.add_scatter(x=-part.wanted, y=part[measure], name=name, legendgroup=edit, showlegend=(row, col) == (1, 1),
+                                mode="lines+markers", line={"color": COLOURS[i]}, row=row, col=col,
+                                marker={"size": 7, "symbol": ("circle", "diamond", "square")[i]})
+            if whole > 0:
+                fig.add_vline(x=whole, line={"dash": "dot", "color": "#555555"}, row=row, col=col)
+            fig.update_yaxes(type="log", dtick=1, exponentformat="power", row=row, col=col,
+                             title={"text": f"{title} (nats)" if col == 1 else "", "font": {"size": 13}})
+        if near.empty:
+            fig.add_scatter(x=[1], y=[1], mode="text", text=["nothing to compare on here"], showlegend=False, row=1, col=col)
+    fig.update_xaxes(type="log", dtick="D2", tickangle=0)
+    fig.update_xaxes(title="log-likelihood lost where wanted (nats)", row=len(rows), col=(len(cases) + 1) // 2)
+    return fig.update_layout(width=1100, height=620, legend={"orientation": "h", "y": -0.14, "yanchor": "top"})
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
@@ -246,7 +245,7 @@ def survey_figure(table: pd.DataFrame) -> go.Figure:
     """Two panels by layer, a point a feature: what ablating its causes takes; how weights rank the causes."""
     fig = make_subplots(cols=2, horizontal_spacing=0.12,
                         subplot_titles=["share of activation lost", "rank correlation with the causes"])
-    series = ((1, {"first": "greatest cause", "together": "first four together", "random": "random, as often active"}),
+    series = ((1, {"first": "greatest cause", "together": "first four together", "alike": "another, nearest in activity there"}),
               (2, {"encoder": "cosine with what the target reads", "decoder": "cosine with its direction"}))
     for col, columns in series:
         for i, (column, name) in enumerate(columns.items()):
@@ -266,6 +265,7 @@ def spell(tokens: Sequence[int], vocabulary: Sequence[bytes], k: int = 6) -> str
     return " ".join(quoted(vocabulary[int(t)]) for t in tokens[:k]) if isinstance(tokens, list) else ""
 
 
-def finite(*numbers: Real) -> tuple[Real | None, ...]:
-    """The numbers, or as many None if one of them is not finite: what a row of the scorecard takes."""
-    return numbers if all(math.isfinite(number) for number in numbers) else (None,) * len(numbers)
+def numbers(value: Real, low: Real | None = None, high: Real | None = None) -> dict[str, Real | None]:
+    """What a row of the scorecard calls a number and the ends of its interval; all None if one of them is not finite."""
+    known = all(number is None or math.isfinite(number) for number in (value, low, high))
+    return dict(zip(("ours", "low", "high"), (value, low, high) if known else (None,) * 3, strict=True))

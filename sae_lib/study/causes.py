@@ -15,8 +15,9 @@ from sae_lib.study.pipeline import Study
 from sae_lib.study.tables import flat
 from sae_lib.study.widths import fires_on
 
-COLUMNS = ("node", "parent", "after", "feature", "kind", "ranked", "value", "low", "high", "active", "cosine", "fires_on")
-SURVEYED = ("after", "feature", "cosine", "first", "random", "together", "encoder", "decoder", "hit")
+COLUMNS = ("node", "parent", "after", "feature", "kind", "ranked", "value", "low", "high", "active", "here", "cosine",
+           "fires_on")
+SURVEYED = ("after", "feature", "cosine", "first", "alike", "together", "there", "alike_there", "encoder", "decoder", "hit")
 
 
 def _layers(study: Study) -> Layers:
@@ -44,23 +45,24 @@ def tree(study: Study, name: str, unit: Unit) -> pd.DataFrame:
         grown.to_json(out / "tree.json", orient="records")
 
     config = _sizes(study) | {"unit": unit._asdict(), "branches": study.profile.deep.tree_branches}
-    artefact = study.store.stage(f"case_tree_{name}", config, make, inputs=cases.inputs(study))
+    artefact = study.store.stage(f"case_tree_{name}", config, make, inputs=cases.inputs(study), version=2)
     return pd.read_json(artefact.path / "tree.json", orient="records").reindex(columns=COLUMNS)
 
 
 def survey(study: Study) -> pd.DataFrame:
     """The causes of features drawn at random, of every layer but the first.
 
-    A row a feature: after, feature; cosine (of the greatest cause with it); first, random (share lost on ablating the greatest
-    cause, and a random feature that is as often active), together (the first four), all measured where they were not ranked;
-    encoder, decoder, hit: `weight_guess`.
+    They are drawn among those that are strong in as many documents as ranking and measuring want. A row a feature: after,
+    feature; cosine (of the greatest cause with it); first, alike (share lost on ablating the greatest cause, and one of those
+    nearest to it in activity where the target is), together (the first four), all measured where they were not ranked; there,
+    alike_there: mean activation of the greatest cause and of the other at those places; encoder, decoder, hit: `weight_guess`.
     """
     def one(found: Layers, after: int, feature: int) -> dict:
         causes = causal_tree.causes(found, after, feature, 4, study.profile.deep.tree_places, **cases.draws(study))
-        value = causes.table.set_index("kind").value
+        first, alike, together = (causes.table[causes.table.kind == kind].iloc[0] for kind in ("cause", "alike", "together"))
         guess = causal_tree.weight_guess(found.dictionaries[after - 1], found.dictionaries[after], feature, causes.ranking)
-        return {"after": after, "feature": feature, "cosine": causes.table.cosine[0], "first": value["cause"].iloc[0],
-                "random": value["random"].iloc[0], "together": value["together"], "encoder": guess.encoder,
+        return {"after": after, "feature": feature, "cosine": first.cosine, "first": first.value, "alike": alike.value,
+                "together": together.value, "there": first.here, "alike_there": alike.here, "encoder": guess.encoder,
                 "decoder": guess.decoder, "hit": guess.first}
 
     def make(out: Path, _: Path) -> None:
@@ -69,7 +71,7 @@ def survey(study: Study) -> pd.DataFrame:
         pd.DataFrame(rows).to_json(out / "survey.json", orient="records")
 
     config = _sizes(study) | {"surveyed": study.profile.deep.surveyed}
-    artefact = study.store.stage("case_survey", config, make, inputs=cases.inputs(study))
+    artefact = study.store.stage("case_survey", config, make, inputs=cases.inputs(study), version=2)
     return pd.read_json(artefact.path / "survey.json", orient="records").reindex(columns=SURVEYED)
 
 

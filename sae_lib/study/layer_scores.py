@@ -110,7 +110,7 @@ def scores(study: Study) -> pd.DataFrame:
     config = {"units": limit, "contexts": study.profile.scored_contexts, "explainer": ask[1], "ica_rounds": ICA_ROUNDS,
               "sample": study.profile.component_sample, "layers": len(layers), "seed": study.seed}
     inputs = [study.tokens_artefact, model.artefact, *(deep.dictionary(study, after).artefact for after in layers)]
-    artefact = study.store.stage("layer_scores", config, make, inputs=inputs)
+    artefact = study.store.stage("layer_scores", config, make, inputs=inputs, version=2)
     return pd.read_json(artefact.path / "scores.json", orient="records")
 
 

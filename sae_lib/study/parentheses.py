@@ -81,8 +81,7 @@ def truths_of(study: Study, text: Text, closes: Bool[np.ndarray, " d_vocab"]) ->
 
 def _by_weights(study: Study, after: int, closes: Bool[np.ndarray, " d_vocab"]) -> pd.DataFrame:
     """The features that raise closing tokens most, of those that are common enough."""
-    model, sae = deep.transformer(study).model, deep.dictionary(study, after).model
-    used = used_tokens(study)
+    model, sae, used = deep.transformer(study).model, deep.dictionary(study, after).model, used_tokens(study)
     weights = effects.logit_weights(model, sae.W_dec, used, of_residual=True)
     scaled = (weights / weights[:, used].std(1, keepdim=True))[:, used & torch.from_numpy(closes)].mean(1)
     active = torch.from_numpy(np.diff(cases.table(study, after, "validation").indptr))
