@@ -204,6 +204,8 @@ sign, share, of_dim = of(best, "strong_wider"), of(best, "strong"), of(dim, "str
 logit, less = of(s, "logit"), s[["probability", "low", "high"]].set_axis(["value", "low", "high"])
 nearly = lambda share: "reproduced" if share.low >= 0.9 else "partly" if share.value >= 0.5 else "not"
 mainly = lambda change, rank, first: "not" if not change.high < 0 else "reproduced" if rank <= first else "partly"
+
+# %%
 for which, claim, ours, verdict, caveat in (
         ("sign", "Share of the apostrophe feature's strong activations (above half of the maximum) that is on the sign, be it apostrophe or quotation mark: nearly all", sign, nearly(sign),
          f"{name}, chosen on validation text; of all its activation {best.wider:.0%} on the sign, {best.share:.0%} on apostrophes in words; correlation {best.pearson:.2f}, sensitivity {best.sensitivity:.0%}"),
@@ -378,8 +380,8 @@ for case, tree in trees.items():
     texts[case] = {"claim": f"The {case} feature {roots[case].number} after layer {last}: {told}",
                    "alt": f"A tree from right to left: the target, its causes a layer before, and theirs, each with the tokens it fires on; {told}. "
                           + "; ".join(f"feature {r.feature} {r.value:.0%}" for r in parts[case]["cause"].itertuples()) + "."}
-study.show(case_figures.tree_figure(trees["apostrophe"], words), "12-tree-apostrophe", **texts["apostrophe"])
-study.show(case_figures.tree_figure(trees["parenthesis"], words), "12-tree-parenthesis", **texts["parenthesis"])
+study.show(case_figures.tree_figure(trees["apostrophe"], words), "12-tree-apostrophe", claim=texts["apostrophe"]["claim"], alt=texts["apostrophe"]["alt"])
+study.show(case_figures.tree_figure(trees["parenthesis"], words), "12-tree-parenthesis", claim=texts["parenthesis"]["claim"], alt=texts["parenthesis"]["alt"])
 
 # %%
 pd.concat({case: tree[tree.parent >= 0].groupby(["parent", "kind"], sort=False)[["ranked", "value", "low", "high", "active", "here", "cosine"]].first() for case, tree in trees.items()}).round(3)
