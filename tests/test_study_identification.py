@@ -22,10 +22,11 @@ from sae_lib.transformer import TransformerConfig
 def study(tmp_path, monkeypatch, one_thread):  # noqa: ARG001
     model = TransformerConfig(n_tokens=4096, d_vocab=290, n_ctx=128, n_layers=2, d_model=16, n_heads=2, d_mlp=24,
                               batch_contexts=4)
-    sizes = replace(SMOKE.deep, transformer=model, with_names=model, names_activations=1280,
-                    dictionary=replace(SMOKE.deep.dictionary, n_activations=1280, batch_size=128, resample_inputs=256))
+    sizes = replace(SMOKE.deep, transformer=model, with_names=model,
+                    names_dictionary=replace(SMOKE.deep.names_dictionary, n_activations=1280, batch_size=128,
+                                             resample_inputs=256))
     own = IdentificationSizes(prompts=6, sentences=4, sentences_of_many=6, exchanges=2, dev_exchanges=2, growth=((3, 1),),
-                              layers=(1,), l1=(sizes.dictionary.l1_coefficient, 0.0), thresholds=(-2.0, 0.0, 2), most=5)
+                              layers=(1,), l1=(sizes.names_dictionary.l1_coefficient, 0.0), thresholds=(-2.0, 0.0, 2), most=5)
     return tiny_study(tmp_path, monkeypatch, n_ctx=128, deep=sizes, identification=own, component_sample=64)
 
 
@@ -39,7 +40,7 @@ def test_everything_is_made_once_and_loaded_after(study):
     assert set(one.coding) == set(CODINGS) and len(one) == 2 * len(CODINGS)
     assert all(len(kl) == len(edit) <= 6 and edit[0] == 0 for kl, edit in zip(one.kl, one.edit, strict=True))
     many, l1, meaning = (f(made, 1) for f in (identification.many_exchanges, identification.coefficients, identification.meaning))
-    assert len(many) == 4 and set(l1.l1) == {made.profile.deep.dictionary.l1_coefficient, 0.0}
+    assert len(many) == 4 and set(l1.l1) == {made.profile.deep.names_dictionary.l1_coefficient, 0.0}
     assert set(meaning.table["rank"]) <= {1, 2, 3} and set(meaning.table.feature) == set(meaning.examples)
     pd.testing.assert_frame_equal(identification.one_exchange(loaded, 1), one)
     places = identification.where(made)

@@ -146,8 +146,9 @@ assert torch.allclose(torch.from_numpy(found), patching.divergences(model, runs,
 # **Codings.** The dictionary's *features*; *PCA* as a rotation, and with *two signs* (a direction each way, as features have); a
 # *dictionary without L1* (the paper's alpha = 0), as wide but not sparse; the *dimensions* of the residual stream; a *random rotation*.
 #
-# The layer is chosen on development sentences: where features need fewest directions as a share of what PCA needs. An exchange that
-# never gets to half of the KL counts with all directions that were patched.
+# The layer is chosen on development sentences: where features need fewest directions as a share of what PCA needs. (So were the L1
+# coefficient and the length of the dictionaries' training.) An exchange that never gets to half of the KL counts with all directions
+# that were patched.
 
 # %% tags=["slow"]
 choice = identification.layer_choice(run)

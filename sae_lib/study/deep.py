@@ -84,9 +84,7 @@ def stream(study: Study, after: int, batch_size: int | None = None, on: str = "c
 def dictionary(study: Study, after: int, l1_coefficient: float | None = None, on: str = "corpus") -> Trained:
     """The dictionary of the residual stream after so many layers, with the profile's L1 coefficient unless told."""
     sizes, model, read = study.profile.deep, transformer(study, on), _config(study, on)
-    train = replace(sizes.dictionary, seed=study.seed)
-    if on != "corpus":
-        train = replace(train, n_activations=sizes.names_activations)
+    train = replace(sizes.dictionary if on == "corpus" else sizes.names_dictionary, seed=study.seed)
     if l1_coefficient is not None:
         train = replace(train, l1_coefficient=l1_coefficient)
     config = SAEConfig(d_in=read.d_model, d_sae=sizes.expansion * read.d_model, seed=study.seed,
@@ -102,6 +100,5 @@ def dictionary(study: Study, after: int, l1_coefficient: float | None = None, on
 
     name = f"deep_sae{_suffix(on)}_{after}" + ("" if l1_coefficient is None else f"_l1_{l1_coefficient:g}")
     everything = {"sae": asdict(config), "train": asdict(train), "stream": asdict(study.profile.stream)}
-    artefact = study.store.stage(name, everything, make, inputs=[model.artefact, study.tokens_artefact],
-                                 version=1 if on == "corpus" else 2)
+    artefact = study.store.stage(name, everything, make, inputs=[model.artefact, study.tokens_artefact])
     return Trained(SAE.load(artefact.path), pd.read_json(artefact.path / "log.json", orient="records"), artefact)

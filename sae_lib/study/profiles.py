@@ -40,7 +40,9 @@ class DeepSizes:
     with_names: TransformerConfig = TransformerConfig(n_tokens=8_000_000, n_layers=3, n_ctx=34, batch_contexts=128)
     dictionary: TrainConfig = TrainConfig(n_activations=4_000_000, batch_size=2048, l1_coefficient=2.0, lr=1e-3, lr_warmup=0.01,
                                           lr_decay=0.4, birth_density=0.005, resample_inputs=131_072)
-    names_activations: int = 1_500_000  # on which dictionaries of the model with names are trained
+    # Of the model with names: chosen for how few features its development exchanges take (`IdentificationSizes`).
+    names_dictionary: TrainConfig = TrainConfig(n_activations=4_500_000, batch_size=2048, l1_coefficient=4.0, lr=1e-3,
+                                                lr_warmup=0.01, lr_decay=0.4, birth_density=0.005, resample_inputs=65_536)
     expansion: int = 8  # features per dimension of the residual stream
     case_text: int = 2048  # contexts of test text in which the chosen features are measured
     case_contexts: int = 96  # contexts with what a feature is for, in which edits are compared
@@ -94,7 +96,7 @@ class IdentificationSizes:
     dev_exchanges: int = 3  # on which the layer is chosen
     growth: tuple[tuple[int, int], ...] = ((2, 2), (5, 2), (15, 1), (25, 1))  # exchanges in a set, and sets
     layers: tuple[int, ...] = (1, 2)  # after which is patched
-    l1: tuple[float, ...] = (2.0, 0.0)
+    l1: tuple[float, ...] = (8.0, 4.0, 2.0, 0.0)
     thresholds: tuple[float, float, int] = (-4.0, 0.5, 12)  # of the order: powers of ten from, to, and how many
     most: int = 256  # directions that are patched
 
@@ -198,7 +200,9 @@ SMOKE = replace(
         transformer=TransformerConfig(n_tokens=300_000, n_layers=3, d_vocab=1024, n_ctx=64, d_model=64, n_heads=2, d_mlp=128),
         with_names=TransformerConfig(n_tokens=200_000, n_layers=3, n_ctx=48, d_model=64, n_heads=2, d_mlp=128),
         dictionary=TrainConfig(n_activations=80_000, batch_size=512, l1_coefficient=1.0, lr=1e-3, birth_density=0.01,
-                               resample_inputs=8192), names_activations=60_000, expansion=4,
+                               resample_inputs=8192),
+        names_dictionary=TrainConfig(n_activations=60_000, batch_size=512, l1_coefficient=1.0, lr=1e-3, birth_density=0.01,
+                                     resample_inputs=8192), expansion=4,
         case_contexts=8, case_places=40, tree_branches=(2, 2), tree_places=6, surveyed=2),
     frontier=FrontierSizes(
         training=TrainConfig(n_activations=16_384, batch_size=256, lr_decay=0.4, birth_density=0.02, resample_inputs=1024,

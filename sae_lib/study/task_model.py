@@ -82,16 +82,15 @@ class WithNames(TaskModel):
 
     begin = ActivationStream.END_OF_TEXT
     sentences = {"train": "sentences as in training", "dev": "other sentences", "held out": "held-out sentences"}
-    described = "a model of three layers, trained on text made up for the task"
+    described = "a model of three layers, trained on text made up for the task and pieces of the corpus"
 
     def __init__(self, study: Study):
         sizes, trained = study.profile.deep, deep.transformer(study, NAMES)
         self.study, self.model, self._artefact = study, trained.model, trained.artefact
         self.tokenizer, self.vocabulary, self.n_ctx = deep.tokenizer(study), deep.vocabulary(study), sizes.with_names.n_ctx
         self.names = dict(zip(("known", "held out"), ioi.split_names(), strict=True))
-        self.l1_coefficient = sizes.dictionary.l1_coefficient
-        self.recipe = {"dictionary": asdict(sizes.dictionary), "expansion": sizes.expansion,
-                       "activations": sizes.names_activations}
+        self.l1_coefficient = sizes.names_dictionary.l1_coefficient
+        self.recipe = {"dictionary": asdict(sizes.names_dictionary), "expansion": sizes.expansion}
 
     def stage(self, name: str, recipe: dict, make: Callable[[Path, Path], None]) -> Artefact:
         return self.study.store.stage(f"ioi_{name}", recipe, make, inputs=[self._artefact])
