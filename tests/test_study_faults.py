@@ -42,7 +42,9 @@ def test_the_runs_are_made_once_and_told_by_letters(tmp_path, monkeypatch):
     assert set(found.letters.values()) == set(FAULTS)
     assert set(found.logs.run) == {HEALTHY, *"ABCDEF"}
     by_fault = {name: found.signs.loc[letter] for letter, name in found.letters.items()}
-    assert by_fault["high"].l0 < found.signs.loc[HEALTHY].l0 < by_fault["low"].l0
+    healthy = found.signs.loc[HEALTHY]
+    assert by_fault["high"].l0 < healthy.l0 < by_fault["low"].l0
+    assert by_fault["rate"].silent > 10 * healthy.silent and by_fault["often"].l0 > 2 * healthy.l0
 
 
 def test_unshuffled_rows_are_those_of_the_text_in_its_order(tmp_path, monkeypatch):
