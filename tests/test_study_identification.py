@@ -122,8 +122,11 @@ def test_codings_by_name(study):
 
 
 def test_a_ratio_over_sentences_by_hand():
-    one, other = (pd.Series({"half": half, "kl": [1.0] * 9, "drawn": drawn})
+    one, other = (pd.Series({"half": half, "kl": [1.0] * 9, "drawn": drawn, "edit": list(range(0, 18, 2))})
                   for half, drawn in ((3.0, [3, 4] * 50), (6.0, [6] * 100)))
-    found = numbers.drawn_ratio(one, other)
-    assert found.value == 0.5 and found.low == 0.5 and found.high == pytest.approx(4 / 6)
-    assert numbers.drawn_ratio(one, other.replace({6.0: np.nan})).value == 3 / 8
+    for found in numbers.drawn_ratios(one, other):
+        assert found.value == 0.5 and found.low == 0.5 and found.high == pytest.approx(4 / 6)
+    never = other.copy()
+    never["half"], never["drawn"] = np.nan, [9.0] * 100  # more than all directions, and no larger edit than with all
+    number, edit = numbers.drawn_ratios(one, never)
+    assert number.value == 3 / 8 and number.low == pytest.approx(3 / 9) and edit.value == edit.low == 6 / 16

@@ -44,13 +44,20 @@ def _ratio(above: Float[np.ndarray, " sets"], below: Float[np.ndarray, " sets"],
     return bootstrap_interval(np.stack([above, below], 1), lambda t: t[..., 0] / t[..., 1], **draws)
 
 
-def drawn_ratio(one: pd.Series, other: pd.Series) -> Interval:
-    """Directions that half of the KL takes in a set of many exchanges, by one coding over by another, with the order as it is and
-    a bootstrap over sentences, the same for both.
+def drawn_ratios(one: pd.Series, other: pd.Series) -> tuple[Interval, Interval]:
+    """Of a set of many exchanges: directions that half of the KL takes, and the edit's mean norm there, by one coding over by
+    another. The order is as it is, and a bootstrap over sentences, the same for both, says where half is.
     """
-    value = needed(one.to_frame().T)[0] / needed(other.to_frame().T)[0]
-    low, high = np.quantile(np.array(one.drawn) / np.array(other.drawn), [0.025, 0.975])
-    return Interval(float(value), float(min(low, value)), float(max(high, value)))
+    halves = [np.append(row.drawn, needed(row.to_frame().T)[0]) for row in (one, other)]
+    edits = [np.array(row.edit)[np.minimum(half, len(row.edit) - 1).astype(int)]
+             for row, half in zip((one, other), halves, strict=True)]
+
+    def interval(mine: np.ndarray, theirs: np.ndarray) -> Interval:
+        *draws, value = mine / theirs
+        low, high = np.quantile(draws, [0.025, 0.975])
+        return Interval(float(value), float(min(low, value)), float(max(high, value)))
+
+    return interval(*halves), interval(*edits)
 
 
 def left_by_directions(sets: pd.DataFrame, most: int) -> Float[np.ndarray, "sets k"]:

@@ -14,8 +14,8 @@ SHOWN = ("01.mmcs", "02.superposition.contexts", "03.loss_recovered", "03.l0", "
          "05.score.activation.random_direction", "05.score.activation.random_weights", "06.pin.arabic.share",
          "06.pin.base64.share", "07.median.feature", "07.median.neuron", "08.family.base64.1x", "08.family.base64.8x",
          "08.family.base64.32x", "08.live.32x", "09.automata", "10.best.loss_recovered", "10.best.l0", "11.accuracy",
-         "11.half_kl", "11.edit.over_pca", "12.perplexity.2", "12.score.1", "12.apostrophe.sign", "12.parenthesis.open",
-         "12.tree.first.apostrophe")
+         "11.half_kl", "11.edit.over_pca", "11.half_kl.many", "11.edit.many",
+         "12.perplexity.2", "12.score.1", "12.apostrophe.sign", "12.parenthesis.open", "12.tree.first.apostrophe")
 
 
 def results_table(rows: list[dict]) -> str:
