@@ -64,8 +64,8 @@ pd.DataFrame([{"sentence": spelled(row[1:last + 1].tolist()), "indirect object":
 # to anybody. So this model reads short made-up text besides: a sentence of the task, or one about one person or two.)
 #
 # Names that are held out of the task do occur in its text: alone, and in pairs of whom the *sense* says which comes last ("Ruth is
-# older than Eric. The first in the park was Ruth."). Ways to say it that are called *other* were looked at while the recipe was chosen;
-# no choice was made on the *held-out* ones.
+# older than Eric. The first in the park was Ruth."). How this text is mixed was chosen by how well the held-out names were done in the
+# sentences as in training and in the *other* ones; no choice was made on the *held-out* sentences.
 #
 # From a model that was trained elsewhere nothing of ours was held out. It is asked with all names that are one token to it; the
 # three kinds of sentences are three lists then, of which only the second is used to choose something (the layer).

@@ -82,7 +82,8 @@ class WithNames(TaskModel):
 
     begin = ActivationStream.END_OF_TEXT
     sentences = {"train": "sentences as in training", "dev": "other sentences", "held out": "held-out sentences"}
-    described = "a model of three layers, trained on text made up for the task and pieces of the corpus"
+    described = ("a model of three layers, trained on pieces of the corpus and text made up for the task, whose mixture was "
+                 "chosen by the held-out names' accuracy in known sentences")
 
     def __init__(self, study: Study):
         sizes, trained = study.profile.deep, deep.transformer(study, NAMES)
