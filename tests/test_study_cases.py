@@ -183,9 +183,3 @@ def test_trees_and_the_survey(study, monkeypatch):
 def test_leaves_stand_one_below_the_other_and_targets_amid_their_causes():
     tree = pd.DataFrame({"node": [0, 1, 2, 3, 4], "parent": [-1, 0, 0, 1, 1]})
     assert case_figures._heights(tree) == {3: 0.0, 4: 1.0, 1: 0.5, 2: 2.0, 0: 1.25}
-
-
-def test_numbers_for_the_scorecard():
-    assert case_figures.numbers(1.0, 0.5, 2.0) == {"ours": 1.0, "low": 0.5, "high": 2.0}
-    assert case_figures.numbers(3) == {"ours": 3, "low": None, "high": None}
-    assert case_figures.numbers(1.0, float("nan"), 2.0) == {"ours": None, "low": None, "high": None}

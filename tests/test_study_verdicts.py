@@ -24,4 +24,5 @@ def test_what_was_not_measured_is_not_reproduced():
 def test_rows_have_no_number_for_what_was_not_measured():
     assert numbers_of(Interval(0.5, 0.25, 1)) == {"ours": 0.5, "low": 0.25, "high": 1.0}
     assert numbers_of(Interval(0.5, 0.6, 0.7)) == {"ours": 0.5, "low": 0.5, "high": 0.7}
+    assert numbers_of(Interval(1.0, math.nan, 2.0)) == {"ours": None, "low": None, "high": None}
     assert numbers_of(Interval(math.nan, math.nan, math.nan)) == {"ours": None, "low": None, "high": None}

@@ -363,8 +363,7 @@ row("10.width", claim=f"A {ends[1]}x dictionary recovers more than a {ends[0]}x 
 # %% [markdown]
 # ## 9 · Faithful, but can it be explained?
 #
-# **Claim.** Fidelity is not interpretability: the kinds differ far more in what they rebuild than in how well their features can be
-# explained.
+# **Claim.** Fidelity is not interpretability: the kind that rebuilds best need not be the one whose features are explained best.
 #
 # As in notebook 05, an explainer sees examples of what a feature fires on and has to predict others. It is the *pattern explainer*,
 # which knows scripts, cases, digits and single tokens, and nothing of meaning; a language model would score higher on all kinds.

@@ -39,9 +39,10 @@ from sae_lib import erasure, study
 from sae_lib.interpret import unit_interval
 from sae_lib.metrics import Interval, share_interval
 from sae_lib.study import apostrophes, case_figures, cases, causes, deep, edits, layer_scores, parentheses
-from sae_lib.study.case_figures import numbers, spell
+from sae_lib.study.case_figures import spell
 from sae_lib.study.cases import Unit
 from sae_lib.study.scores import differences, explainer, summary
+from sae_lib.study.verdicts import numbers_of
 
 run = study.begin(PROFILE, SEED, ARTEFACTS, CORPUS)
 row, last, words = partial(run.scorecard.row, seeds=1), cases.layers(run)[-1], run.vocabulary
@@ -73,7 +74,7 @@ study.show(case_figures.quality_figure(quality), "12-quality", claim=f"Perplexit
 # %%
 for after, r in times.iterrows():
     row(f"12.perplexity.{after}", claim=f"Perplexity rises when the residual stream after layer {after} is rebuilt from features: how many times", paper=1.6,
-        paper_source="6.2 (25 to 40, after layer 2 of Pythia-70M)", **numbers(r.value, r.low, r.high),
+        paper_source="6.2 (25 to 40, after layer 2 of Pythia-70M)", **numbers_of(Interval(r.value, r.low, r.high)),
         verdict="not" if r.low <= 1 or r.value > 3 else "reproduced" if r.value <= 1.6 else "partly",
         caveat=f"{clean:.1f} to {measured['perplexity'].value[after]:.1f}, L0 {measured['l0'].value[after]:.1f}, {measured['loss recovered (zero)'].value[after]:.1%} of the loss "
                "recovered (zero ablation); reproduced: it rises, and by no more than in the paper; not: more than threefold")
@@ -123,13 +124,13 @@ pd.concat({f"after layer {a}": pd.DataFrame({"5 strong and 5 random": mean_score
 for after in layers:
     best = ahead[after].loc[nearest[after]] if after in nearest else pd.Series(np.nan, ["value", "low", "high"])
     row(f"12.score.{after}", claim=f"After layer {after} features are explained better than the next best kind of unit: by how much", paper="figure only",
-        paper_source="3, figure 2 (far above in early layers, like ICA late)", **numbers(*best[["value", "low", "high"]]),
+        paper_source="3, figure 2 (far above in early layers, like ICA late)", **numbers_of(Interval(*best[["value", "low", "high"]])),
         verdict="reproduced" if best.low > 0 else "partly" if best.value > 0 else "not",
         caveat=f"{explained_by}, not GPT-4; up to {units_each} units a kind, interval over units; next best {cuts.get(nearest.get(after), 'unknown')}; {said_of[after]}")
 lead = {after: control[after].value["feature"] - control[after].value.drop("feature").max() for after in layers}
 alone, both = control[layers[0]].loc["feature"], mean_scores[layers[0]].value["feature"]
 row("12.score.random_only", claim="On random fragments alone features score lower, and are still ahead: their mean after layer 1", paper="figure only",
-    paper_source="App. G", **numbers(*alone[["value", "low", "high"]]),
+    paper_source="App. G", **numbers_of(Interval(*alone[["value", "low", "high"]])),
     verdict="reproduced" if alone.high < both and min(lead.values()) > 0 else "partly" if alone.value < both else "not",
     caveat=f"{both:.2f} with strong ones; interval over units; features less the best other kind: " + ", ".join(f"after layer {a} {value:+.2f}" for a, value in lead.items()))
 
@@ -195,7 +196,7 @@ study.show(case_figures.kinds_figure(found.kinds, endings), "12-apostrophe-kinds
            alt="A table in colours: for the best feature for each kind of apostrophe the share of its activation on each kind. "
                + "; ".join(f"{r.kind}: feature {r.feature} after layer {r.after}, correlation {r.pearson:.2f}" for r in found.kinds.itertuples()) + ".")
 row("12.apostrophe.kinds", claim="Features of their own for 's, n't and the other endings: how many kinds have one", paper=3, paper_source="5 (two other apostrophe features)",
-    **numbers(int((own >= 0.5).sum())), verdict="reproduced" if (own >= 0.5).all() and len(units) == 3 else "partly" if (own >= 0.5).sum() > 1 else "not",
+    ours=int((own >= 0.5).sum()), low=None, high=None, verdict="reproduced" if (own >= 0.5).all() and len(units) == 3 else "partly" if (own >= 0.5).sum() > 1 else "not",
     caveat="its own: at least half of the activation is on that kind; shares " + ", ".join(f"{kind} {value:.0%}" for kind, value in zip(endings, own, strict=True)))
 
 # %%
@@ -217,7 +218,7 @@ for which, claim, ours, verdict, caveat in (
          f"beyond the mean logit's, which an ablation shifts too; number {rank['logit']:,.0f} of the lowered tokens; reproduced: among the first 3"),
         ("s_probability", "It mainly lowers the probability of 's': mean change", less, mainly(less, rank["probability"], 1),
          f"of {scale['probability of s']:.1%}; number {rank['probability']:,.0f} of the lowered tokens, 't' changes by {t.probability:+.1%}")):
-    row(f"12.apostrophe.{which}", claim=claim, paper="figure only", paper_source="5 (apostrophe feature, residual dimension 21)", **numbers(*ours), verdict=verdict, caveat=caveat)
+    row(f"12.apostrophe.{which}", claim=claim, paper="figure only", paper_source="5 (apostrophe feature, residual dimension 21)", **numbers_of(Interval(*ours)), verdict=verdict, caveat=caveat)
     print(f"{claim}: {ours.value:.3g} ({ours.low:.3g} to {ours.high:.3g}); {verdict}")
 
 # %% [markdown]
@@ -264,16 +265,16 @@ study.show(case_figures.probability_figure(closing.effect, parentheses.PINNED_AT
 # %%
 down, up = active.loc["ablated: change"], silent.loc["held at its maximum: change"]
 row("12.parenthesis.raises", claim="Of the ten tokens that the feature raises most, those that close a parenthesis", paper="no number", paper_source="App. D (feature 5_2027 unembeds to variants of ')')",
-    **numbers(int(first.closing)), verdict="reproduced" if first.closing >= 8 else "partly" if first.closing >= 4 else "not",
+    ours=int(first.closing), low=None, high=None, verdict="reproduced" if first.closing >= 8 else "partly" if first.closing >= 4 else "not",
     caveat=f"feature {first.number} after layer {last}, chosen by these weights; {spell(first.raises, words, 10)}")
-row("12.parenthesis.open", claim="Share of the closing-parenthesis feature's activation where a parenthesis is open", paper=None, paper_source="", **numbers(*of(first, "wider")),
+row("12.parenthesis.open", claim="Share of the closing-parenthesis feature's activation where a parenthesis is open", paper=None, paper_source="", **numbers_of(Interval(*of(first, "wider"))),
     verdict="reproduced" if first.wider_low >= 0.9 else "partly" if first.wider_low > base["open"] else "not",
     caveat=f"{base['open']:.0%} of all tokens; {first.share:.0%} where it is closed next ({base['closed next']:.1%} of all tokens), sensitivity {first.sensitivity:.0%}; correlation {first.pearson:.2f}, "
            f"the best dimension's {rival.pearson:.2f}")
 linear = "of the last layer and chosen for raising these tokens: but for the layer norm the sign is given, the size is not"
-row("12.parenthesis.ablation", claim="Change of the probability of closing when it is ablated where it is active", paper=None, paper_source="", **numbers(*down),
+row("12.parenthesis.ablation", claim="Change of the probability of closing when it is ablated where it is active", paper=None, paper_source="", **numbers_of(Interval(*down)),
     verdict="reproduced" if down.high < 0 else "not", caveat=f"{linear}; {told}")
-row("12.parenthesis.pin", claim="Change of the probability of closing when it is held at its maximum where it is silent and a parenthesis open", paper=None, paper_source="", **numbers(*up),
+row("12.parenthesis.pin", claim="Change of the probability of closing when it is held at its maximum where it is silent and a parenthesis open", paper=None, paper_source="", **numbers_of(Interval(*up)),
     verdict="reproduced" if up.low > 0 else "not", caveat=f"{linear}; where nothing is open {nothing.value['held at its maximum: change']:+.1%}")
 
 # %% [markdown]
@@ -343,13 +344,13 @@ broken = {"absent": "where the concept is absent", "active": "where the feature 
 for case, edited in full.items():
     least, key, moved = edited.loc[edits.LEAST], case.replace(", ", "_"), f"Moving back until the {case.split(',')[0]} feature after layer {of_case[case].after} stops"
     row(f"12.rank_one.wanted.{key}", claim=f"{moved} lowers the log-likelihood of what it is for", paper=None,
-        paper_source="5 (less-than-rank-one ablation)", **numbers(*of(least, "wanted")), verdict="reproduced" if least.wanted_high < 0 else "not",
+        paper_source="5 (less-than-rank-one ablation)", **numbers_of(Interval(*of(least, "wanted"))), verdict="reproduced" if least.wanted_high < 0 else "not",
         caveat=f"nats; rank one {edited.wanted['rank one']:+.2f}, LEACE {edited.wanted['LEACE']:+.2f}, a random direction {edited.wanted['rank one, random']:+.2f}; the feature is active on "
                f"{sensitive[case]:.0%} of the concept's tokens; {least.untouched:.1%} of all tokens are left exactly as they are")
     for measure, where in broken.items():
         worst = against[case, measure]
         row(f"12.rank_one.{measure}.{key}", claim=f"{moved} breaks less than the best rank-one edit of equal effect {where}: its share of the KL", paper=None,
-            paper_source="5 (less-than-rank-one ablation)", **numbers(*worst), verdict="reproduced" if worst.high < 1 else "partly" if worst.value < 1 else "not",
+            paper_source="5 (less-than-rank-one ablation)", **numbers_of(Interval(*worst)), verdict="reproduced" if worst.high < 1 else "partly" if worst.value < 1 else "not",
             caveat=f"{least[measure]:.2g} nats; share of " + " and ".join(f"{named[edit]}, {r.value:.2f} ({r.low:.2f} to {r.high:.2f})" for edit, r in ratio[case].loc[measure].dropna().iterrows() if edit in named)
                    + f"; after layer {of_case[case].after} of {last}; paired bootstrap over documents")
 
@@ -392,10 +393,10 @@ for case, of_kind in parts.items():
     greatest, alike, joint = (of_kind[kind].iloc[0] if known else pd.Series(np.nan, trees[case].columns) for kind in ("cause", "alike", "together"))
     luck = of_kind["alike"].high.max()
     row(f"12.tree.first.{case}", claim=f"Share of the {case} feature's activation lost when its greatest cause in the layer before is ablated", paper="figure only", paper_source="5 (causal tree)",
-        **numbers(*greatest[["value", "low", "high"]]), verdict="reproduced" if greatest.low > luck else "partly" if greatest.value > of_kind["alike"].value.max() else "not",
+        **numbers_of(Interval(*greatest[["value", "low", "high"]])), verdict="reproduced" if greatest.low > luck else "partly" if greatest.value > of_kind["alike"].value.max() else "not",
         caveat=f"of features alike at most {of_kind['alike'].value.max():.1%}; mean activation there {greatest.here:.1f}, of the nearest other {alike.here:.1f}; where it was ranked {greatest.ranked:.0%}; "
                f"cosine with the target {greatest.cosine:.2f}; measured in contexts other than those that ranked; interval over contexts; reproduced: above every such feature's interval" if known else "too rare here")
-    row(f"12.tree.together.{case}", claim="The same when its first causes are ablated together: most of it", paper=None, paper_source="", **numbers(*joint[["value", "low", "high"]]),
+    row(f"12.tree.together.{case}", claim="The same when its first causes are ablated together: most of it", paper=None, paper_source="", **numbers_of(Interval(*joint[["value", "low", "high"]])),
         verdict="reproduced" if joint.low > max(luck, 0.5) else "partly" if joint.low > luck else "not", caveat=f"the first {len(of_kind['cause'])}; what the dictionary misses is left in place; interval over contexts")
 
 # %% [markdown]
@@ -421,12 +422,12 @@ study.show(case_figures.survey_figure(survey), "12-survey",
 nothing_known = Interval(np.nan, np.nan, np.nan)
 lost, luck = (unit_interval(survey[column], seed=SEED) if n > 1 else nothing_known for column in ("first", "alike"))
 told_by_weights = share_interval(hits, n) if n > 1 else nothing_known
-row("12.tree.survey", claim=f"Share of activation lost with the greatest cause, median of features {drawn_from}", paper=None, paper_source="5 (causal tree)", **numbers(*lost),
+row("12.tree.survey", claim=f"Share of activation lost with the greatest cause, median of features {drawn_from}", paper=None, paper_source="5 (causal tree)", **numbers_of(Interval(*lost)),
     verdict="reproduced" if lost.low > luck.high else "partly" if lost.value > luck.value else "not",
     caveat=f"{n} features; the nearest other in activity there {middle.alike:.1%} ({luck.low:.1%} to {luck.high:.1%}), mean activation {middle.there:.1f} against {middle.alike_there:.1f}; above it for "
            f"{(survey['first'] > survey.alike).sum()}; first four together {middle.together:.0%}; greatest cause and target have a median cosine of {middle.cosine:.2f}; interval over features")
 row("12.tree.weights", claim="Cosines of weights do not tell a feature's causes: share of features whose greatest cause has the greatest cosine", paper="no meaningful connections",
-    paper_source="App. D (layer 4 to 5)", **numbers(*told_by_weights), verdict="reproduced" if told_by_weights.high < 0.25 else "partly" if told_by_weights.low < 0.25 else "not",
+    paper_source="App. D (layer 4 to 5)", **numbers_of(Interval(*told_by_weights)), verdict="reproduced" if told_by_weights.high < 0.25 else "partly" if told_by_weights.low < 0.25 else "not",
     caveat=f"{hits} of {n} features {drawn_from}; Wilson's interval of a share; median rank correlation over all candidates {middle.encoder:.2f}; reproduced: below a quarter")
 
 # %% [markdown]

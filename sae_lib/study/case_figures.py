@@ -1,6 +1,5 @@
 """What notebook 12 draws: levels of activation, effects, edits side by side, and trees of causes."""
 
-import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 
@@ -263,9 +262,3 @@ def survey_figure(table: pd.DataFrame) -> go.Figure:
 def spell(tokens: Sequence[int], vocabulary: Sequence[bytes], k: int = 6) -> str:
     """Tokens in quotation marks, for tables."""
     return " ".join(quoted(vocabulary[int(t)]) for t in tokens[:k]) if isinstance(tokens, list) else ""
-
-
-def numbers(value: Real, low: Real | None = None, high: Real | None = None) -> dict[str, Real | None]:
-    """What a row of the scorecard calls a number and the ends of its interval; all None if one of them is not finite."""
-    known = all(number is None or math.isfinite(number) for number in (value, low, high))
-    return dict(zip(("ours", "low", "high"), (value, low, high) if known else (None,) * 3, strict=True))

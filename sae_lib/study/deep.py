@@ -5,6 +5,7 @@ trained on short text made up for indirect object identification, and has a toke
 """
 
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -34,8 +35,11 @@ def vocabulary(study: Study) -> list[bytes]:
 
 def contexts(study: Study, on: str = "corpus") -> Tensor:
     """What a model, and dictionaries on it, are trained on: int32 [n_contexts, n_ctx]."""
-    if on == "corpus":
-        return study.contexts("train")
+    return study.contexts("train") if on == "corpus" else _with_names(study)
+
+
+@lru_cache(1)  # tens of seconds of writing and tokenising, asked for by each dictionary
+def _with_names(study: Study) -> Tensor:
     config = study.profile.deep.with_names
     return ioi.training_contexts(tokenizer(study), study.contexts("train"), config.n_steps * config.batch_contexts, config.n_ctx,
                                  study.seed)

@@ -124,8 +124,7 @@ def frontier(study: Study) -> Frontier:
     config = asdict(sizes) | {"kinds": list(KINDS), "explainer": by, "seed": study.seed, "scored": study.profile.scored_contexts,
                               "stream": asdict(study.profile.stream), "expansion": study.profile.expansion}
     config = {name: value for name, value in config.items() if not name.startswith(("fault", "trial", "rates"))}
-    artefact = study.store.stage("frontier", config, make,
-                                 inputs=[study.transformer("A").artefact, study.tokens_artefact, found])
+    artefact = study.store.stage("frontier", config, make, inputs=[study.transformer("A").artefact, study.tokens_artefact, found])
     read = lambda name: pd.DataFrame(json.loads((artefact.path / f"{name}.json").read_text()))
     sums = load_file(artefact.path / "sums.safetensors")
     units = read("scores").reindex(columns=["kind", "unit", *SCORE_COLUMNS])

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,12 +131,14 @@ def _sets(study: Study, name: str, after: int, kind: str, wanted: Sequence[tuple
     """The table of sets [(exchanges, how many sets), ...] of chosen codings, made once."""
     task = task_model.of(study)
 
+    def sets(coding: Coding) -> dict:
+        return {"sets": [_set(study, task, coding, after, kind, exchanges, repeat)
+                         for exchanges, repeats in wanted for repeat in range(repeats)]}
+
     def make(out: Path, checkpoint: Path) -> None:
         rows = []
         for coding, found in codings(study, after, chosen).items():
-            one = lambda exchanges, repeat: _set(study, task, found, after, kind, exchanges, repeat)  # noqa: B023
-            part = paths.kept(checkpoint / f"{coding}.json", lambda: {  # noqa: B023
-                "sets": [one(exchanges, repeat) for exchanges, repeats in wanted for repeat in range(repeats)]})  # noqa: B023
+            part = paths.kept(checkpoint / f"{coding}.json", partial(sets, found))
             rows += [{"coding": coding} | row for row in part["sets"]]
         (out / "sets.json").write_text(json.dumps(rows))
 

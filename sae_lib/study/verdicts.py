@@ -23,10 +23,10 @@ def at_least(found: Interval, target: float, fair: float | None = None) -> Verdi
 
 
 def numbers_of(found: Interval) -> dict[str, float | None]:
-    """An interval as the fields of a row: ours, low, high; None for what could not be measured. If all draws of a bootstrap lie
-    on one side of the value, as those of a minimum may, it is widened to it.
+    """An interval as the fields of a row: ours, low, high; all None if one of them could not be measured. If all draws of a
+    bootstrap lie on one side of the value, as those of a minimum may, it is widened to it.
     """
-    if math.isnan(found.value):
+    if not all(map(math.isfinite, found)):
         return {"ours": None, "low": None, "high": None}
     value, low, high = (float(end) for end in found)
     return {"ours": value, "low": min(low, value), "high": max(high, value)}
